@@ -1,0 +1,224 @@
+"""Read labelled texts (CSV, TSV, JSON lines, the movie sentences), split them, and batch them.
+
+Splits are fixed by a seed and a rule that needs no random generator: examples are sorted by
+``sha256(f"{seed}\\t{text}")``; the first go to test, the next to dev, the rest to train. A sentence keeps its split
+when others come or go, and the same text (up to case and spaces) is never in two splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adazeta.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+SPLIT_SEED = 0
+MOVIE_TEST, MOVIE_DEV = 1000, 500
+MOVIE_MIN_RATING = 0.5
+MOVIE_LABELS = ("negative", "positive")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text and its label, both as read."""
+
+    text: str
+    label: str
+
+
+def read_examples(
+    path: str | Path, *, text_column: str = "text", label_column: str = "label", labels: Sequence[str] | None = None
+) -> list[Example]:
+    """Read labelled texts from a file with named columns.
+
+    Args:
+        path: ``.csv`` or ``.tsv`` with a header line, or ``.jsonl`` with one object a line; UTF-8.
+        text_column: name of the column (key) that holds the text.
+        label_column: name of the column (key) that holds the label.
+        labels: the labels that may occur; any other is an error. All are accepted by default.
+
+    Raises:
+        UserError: no such file, unreadable, empty, a missing column, an empty text, or an unknown label.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}; give a .csv, .tsv or .jsonl file, or 'movies'")
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: unknown kind of data file {path.suffix!r}; give a .csv, .tsv or .jsonl file")
+    examples = []
+    try:
+        for where, row in readers[path.suffix.lower()](path):
+            for column in (text_column, label_column):
+                if column not in row:
+                    known = ", ".join(str(name) for name in row if name is not None)
+                    raise UserError(
+                        f"{where}: no column {column!r}, found {known or 'none'}: "
+                        "name the columns with --text-column and --label-column"
+                    )
+            examples.append(_example(row[text_column], row[label_column], labels, where))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not examples:
+        raise UserError(f"{path} holds no examples: give at least one row below the header")
+    return examples
+
+
+def _example(text, label, labels: Sequence[str] | None, where: str) -> Example:
+    text = "" if text is None else str(text).strip()
+    label = "" if label is None else str(label).strip()
+    if not text:
+        raise UserError(f"{where}: the text is empty: fill it in or remove the row")
+    if labels is not None and label not in labels:
+        known = ", ".join(repr(name) for name in labels)
+        raise UserError(f"{where}: label {label!r} is not one of {known}: correct the row or set --label-words")
+    return Example(text, label)
+
+
+def _csv_rows(path: Path) -> Iterable[tuple[str, dict]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", {name: row[name] for name in row if row[name] is not None}
+
+
+def _json_rows(path: Path) -> Iterable[tuple[str, dict]]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON ({error}): put one object on each line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected an object such as {{\"text\": ..., \"label\": ...}}")
+            yield where, row
+
+
+def read_movies(path: str | Path) -> list[Example]:
+    """Read the rated movie sentences: |rating| >= 0.5 is kept, a rating above zero is ``positive``.
+
+    Source: Hutto and Gilbert (2014), mean of 20 ratings from -4 to 4 for each sentence.
+    """
+    examples = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        _, rating, text = line.split("\t")
+        if abs(float(rating)) >= MOVIE_MIN_RATING and text.strip():
+            examples.append(Example(text.strip(), MOVIE_LABELS[float(rating) > 0]))
+    return examples
+
+
+def split_examples(
+    examples: Sequence[Example], *, test: int = 0, dev: int = 0, seed: int = SPLIT_SEED
+) -> dict[str, list[Example]]:
+    """Drop repeated texts, sort by ``sha256(f"{seed}\\t{text}")`` and cut into test, dev and train.
+
+    Args:
+        examples: all examples; of texts equal up to case and spaces the first is kept.
+        test, dev: number of examples of those splits; the rest is train.
+        seed: any integer; the same seed gives the same splits everywhere.
+
+    Returns:
+        ``{"train": [...], "dev": [...], "test": [...]}``.
+
+    Raises:
+        UserError: fewer examples than ``test + dev + 1``.
+    """
+    unique: dict[str, Example] = {}
+    for example in examples:
+        unique.setdefault(" ".join(example.text.casefold().split()), example)
+    if len(unique) <= test + dev:
+        raise UserError(f"{len(unique)} different texts are too few for {test} test, {dev} dev and some train examples")
+    ordered = sorted(unique.values(), key=lambda example: hashlib.sha256(f"{seed}\t{example.text}".encode()).digest())
+    return {"train": ordered[test + dev :], "dev": ordered[test : test + dev], "test": ordered[:test]}
+
+
+def load_splits(
+    source: str,
+    *,
+    dev_source: str | None = None,
+    labels: Sequence[str],
+    text_column: str = "text",
+    label_column: str = "label",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[Example]]:
+    """Load the splits of a data source by name.
+
+    Args:
+        source: ``"movies"`` (test 1,000, dev 500, train 8,570 sentences) or a file for :func:`read_examples`.
+        dev_source: a file of dev examples; without it a tenth of ``source``, at most 500, is held out.
+        labels: labels that may occur.
+        say: told what is being fetched.
+    """
+    if source == "movies":
+        from adazeta.assets import movie_file
+
+        unknown = sorted(set(MOVIE_LABELS) - set(labels))
+        if unknown:
+            raise UserError(
+                f"the movie sentences are labelled {' and '.join(MOVIE_LABELS)}, and {unknown[0]!r} has no label word: "
+                "set --label-words negative=...,positive=..."
+            )
+        splits = split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
+    else:
+        columns = {"text_column": text_column, "label_column": label_column, "labels": labels}
+        examples = read_examples(source, **columns)
+        if dev_source:
+            splits = {"train": split_examples(examples)["train"], "dev": [], "test": []}
+        else:
+            splits = split_examples(examples, dev=min(500, len(examples) // 10))
+    if dev_source:
+        splits["dev"] = read_examples(
+            dev_source, text_column=text_column, label_column=label_column, labels=labels
+        )
+    return splits
+
+
+class Prompts(Sequence):
+    """Tokenised prompts with their class index: a map-style dataset of ``{"input_ids", "labels"}`` dicts."""
+
+    def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[int]):
+        if len(input_ids) != len(labels):
+            raise ValueError(f"expected one label per prompt, got {len(input_ids)} prompts and {len(labels)} labels")
+        if not input_ids:
+            raise UserError("the dataset is empty: give at least one example")
+        self._rows = [{"input_ids": list(ids), "labels": int(label)} for ids, label in zip(input_ids, labels)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+    def longest(self, count: int) -> list[dict]:
+        """Return the ``count`` longest rows: the batch that needs the most memory."""
+        return sorted(self._rows, key=lambda row: len(row["input_ids"]), reverse=True)[:count]
+
+
+class RightPad:
+    """Collate rows into ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded on the right."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            count = len(row["input_ids"])
+            input_ids[index, :count] = torch.tensor(row["input_ids"], dtype=torch.int64)
+            attention_mask[index, :count] = 1
+        labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
