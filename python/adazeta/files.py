@@ -1,15 +1,14 @@
-"""Write files whole or not at all: aside first, renamed when complete. A full disk becomes one line of advice."""
+"""Files that are either the old one or the new one, never half of one."""
 
-from __future__ import annotations
-
-import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from adazeta.errors import UserError
+from safetensors import SafetensorError
+
+from .errors import UserError
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space and run the command again",
@@ -22,7 +21,29 @@ _ADVICE = {
 }
 
 
-@contextlib.contextmanager
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it over ``path`` when the block ends well, else remove it.
+
+    Raises:
+        UserError: the file can't be written (a full disk, no permission); ``path`` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; the earlier file is unchanged") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def disk_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn what the disk refuses (full, read-only, not permitted) into a one-line UserError naming ``path``."""
     try:
@@ -34,31 +55,11 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {advice}") from error
 
 
-@contextlib.contextmanager
-def aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; rename it to ``path`` when the block ends well, remove it otherwise."""
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(descriptor)
-        try:
-            yield Path(name)
-            with open(name, "rb") as written:
-                os.fsync(written.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-
-
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, aside then renamed.
 
     Raises:
-        UserError: the disk is full, read-only or not permitted; an earlier file at ``path`` is as it was.
+        UserError: the file can't be written; an earlier file at ``path`` is as it was.
     """
-    with aside(path) as target:
-        target.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

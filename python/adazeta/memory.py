@@ -1,0 +1,61 @@
+"""Peak resident memory of a stretch of code, measured inside the process."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+def resident_bytes() -> int | None:
+    """Return the resident set of this process in bytes, or None where the system does not tell (not Linux)."""
+    return _status("VmRSS:")
+
+
+class Peak:
+    """Measure the peak resident set while the block runs; ``bytes`` afterwards.
+
+    Linux: the high-water mark is reset through ``/proc/self/clear_refs`` when the block starts. Where that is not
+    permitted the mark of the whole process is reported and ``exact`` is False: it can only be too high.
+    """
+
+    bytes: int = 0
+    exact: bool = False
+
+    def __enter__(self) -> Peak:
+        _trim()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.exact = True
+        except OSError:
+            self.exact = False
+        return self
+
+    def __exit__(self, *_) -> None:
+        peak = _status("VmHWM:") if self.exact else None
+        if peak is None:
+            self.exact = False
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.bytes = peak
+
+
+def _status(key: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def _trim() -> None:
+    # Freed memory that the allocator still holds would otherwise count for whoever runs next.
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

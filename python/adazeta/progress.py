@@ -1,0 +1,183 @@
+"""Trainer callbacks of the command line: a progress bar, ``metrics.jsonl``, limits in rows and minutes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from adazeta.files import disk_errors
+
+SMOOTHING = 20  # train losses averaged in the bar
+
+
+def progress_bar(total: int, label: str, unit: str, *, leave: bool = True) -> tqdm:
+    """Return a tqdm bar on stderr; redrawn rarely where stderr is not a terminal."""
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        leave=leave,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]",
+        file=sys.stderr,
+    )
+
+
+class Bar(TrainerCallback):
+    """Show steps, smoothed loss, queries, rows/s and time left; a second bar during evaluation."""
+
+    def __init__(self):
+        self._train = self._eval = None
+        self._losses: deque[float] = deque(maxlen=SMOOTHING)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._train = progress_bar(state.max_steps, "train", "steps")
+        self._train.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._train.update(state.global_step - self._train.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._train is None or "loss" not in (logs or {}):
+            return
+        self._losses.append(logs["loss"])
+        parts = [f"loss {sum(self._losses) / len(self._losses):.3f}"]
+        if "queries" in logs:
+            parts.append(f"queries {int(logs['queries'])}")
+        if "rows_per_s" in logs:
+            parts.append(f"{logs['rows_per_s']:.1f} rows/s")
+        if logs.get("dropped"):
+            parts.append(f"dropped {int(logs['dropped'])}")
+        self._train.set_postfix_str(", ".join(parts), refresh=False)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self._eval is None:
+            self._eval = progress_bar(len(eval_dataloader), "dev", "batches", leave=False)
+        self._eval.update(1)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self._eval is not None:
+            self._eval.close()
+            self._eval = None
+        if self._train is not None and metrics and "eval_loss" in metrics:
+            accuracy = f", accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
+            self._train.write(
+                f"step {state.global_step}: dev loss {metrics['eval_loss']:.3f}{accuracy}", file=sys.stderr
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._train.close()
+        self._train = None
+
+
+class MetricsFile(TrainerCallback):
+    """Append one JSON line per log and per evaluation to ``metrics.jsonl``; flushed, cut back on resume.
+
+    Train lines: ``{"kind": "train", "step", "rows", "seconds", "loss", "queries", "rows_per_s", ...}``;
+    dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy"}``. ``rows`` counts forward rows of
+    training so far, ``seconds`` the time since training began (resumed runs go on from the last line).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = 0
+        self.seconds = 0.0
+        self._start = 0.0
+        self._stream = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = (
+            [line for line in read_metrics(self.path) if line["step"] <= state.global_step] if state.global_step else []
+        )
+        if kept:
+            self.rows, self.seconds = kept[-1]["rows"], kept[-1]["seconds"]
+        self._start = time.monotonic() - self.seconds
+        with disk_errors(self.path):
+            self._stream = self.path.open("w", encoding="utf-8")
+            for line in kept:
+                self._write(line)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._stream is None or "loss" not in (logs or {}):
+            return
+        self.rows = int(logs.get("rows", self.rows))
+        values = {name: value for name, value in logs.items() if name not in ("rows", "epoch", "step")}
+        self._write({**self._head("train", state), **values})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self._stream is None:
+            return
+        values = {
+            name.removeprefix("eval_"): value
+            for name, value in (metrics or {}).items()
+            if name in ("eval_loss", "eval_accuracy")
+        }
+        self._write({**self._head("dev", state), **values})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.monotonic() - self._start
+        self._stream.close()
+        self._stream = None
+
+    def _head(self, kind: str, state) -> dict:
+        self.seconds = time.monotonic() - self._start
+        return {"kind": kind, "step": state.global_step, "rows": self.rows, "seconds": round(self.seconds, 3)}
+
+    def _write(self, line: dict) -> None:
+        with disk_errors(self.path):
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read ``metrics.jsonl``; a last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+class Limits(TrainerCallback):
+    """End training after ``rows`` forward rows or ``minutes``; on the first Ctrl-C save a checkpoint and stop.
+
+    A limit ends the run as if its steps were done; after Ctrl-C ``interrupted`` is True and the run can be resumed.
+    """
+
+    def __init__(self, rows: int | None = None, minutes: float | None = None):
+        self.rows, self.minutes = rows, minutes
+        self.interrupted = False
+        self._start = 0.0
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number, frame):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._previous)  # a second Ctrl-C stops at once
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.rows is not None and (logs or {}).get("rows", 0) >= self.rows:
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._previous is not None and not self.interrupted:
+            signal.signal(signal.SIGINT, self._previous)
