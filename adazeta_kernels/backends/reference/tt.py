@@ -1,0 +1,157 @@
+"""The TT ops in plain torch. Every function is differentiable, so `contract_cores` and `apply_adapter` also serve
+first-order training of the same adapter.
+
+Shapes: P probes, T tokens per probe, d model width, b bottleneck, r bond rank, F numbers of factors per probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from adazeta_kernels.backends.reference import rng
+from adazeta_kernels.layout import TTAdapterLayout
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+# Half-precision activations are raised to fp32 in blocks of this many elements (1 MiB), never as a whole.
+_BLOCK = 1 << 18
+
+
+def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
+    """Perturb a copy of theta per probe and contract it. `perturb_rows` may come from a faster backend."""
+    return contract_cores(probe_rows(theta, seeds, scales, offset, distribution, perturb_rows), layout)
+
+
+def probe_rows(theta, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
+    """`theta + scales[p] z(seeds[p])` for every probe, (P, n), with gradient 1 to theta."""
+    plain = theta.detach()
+    if theta.dtype == torch.float64:
+        rows = _perturb_rows_fp64(plain, seeds, scales, offset, distribution)
+    else:
+        rows = perturb_rows(plain.contiguous(), seeds, scales, offset, distribution)
+    # Adding an exact zero carries the gradient without touching the values.
+    return rows + (theta - plain) if torch.is_grad_enabled() and theta.requires_grad else rows
+
+
+def _perturb_rows_fp64(theta, seeds, scales, offset, distribution):
+    """The oracle: the same fp32 normals, scaled and added in float64."""
+    z = torch.empty((len(seeds), theta.numel()), dtype=torch.float32, device=theta.device)
+    for row, seed in zip(z, seeds.tolist(), strict=True):
+        rng.fill_normal_(row, seed % 2**64, offset, distribution)
+    return theta + scales.to(theta.device, torch.float64)[:, None] * z.double()
+
+
+def contract_cores(rows: torch.Tensor, layout: TTAdapterLayout) -> torch.Tensor:
+    """Contract perturbed cores, both halves of each map, probes as the batch dimension.
+
+    Args:
+        rows: `(P, layout.numel)`, one copy of theta per probe.
+        layout: where the cores lie.
+
+    Returns:
+        `(P, layout.factor_numel)`, cut by `layout.split_factors`.
+    """
+    blocks, offset = [], 0
+    for shape in (layout.down, layout.up):
+        half = len(shape.in_factors)
+        left, offset = _chain(rows, offset, shape.core_shapes[:half])
+        right, offset = _chain(rows, offset, shape.core_shapes[half:])
+        blocks += [left, right]
+        if layout.bias:
+            blocks.append(rows[:, offset : offset + shape.d_out])
+            offset += shape.d_out
+    return torch.cat(blocks, dim=1)
+
+
+def _chain(rows, offset, core_shapes):
+    """Contract neighbouring cores from the left: `(P, r_left * n1 * .. * nk * r_right)`, and where the next block starts."""
+    out = None
+    for left, n, right in core_shapes:
+        size = left * n * right
+        core = rows[:, offset : offset + size].unflatten(1, (left, n * right))
+        offset += size
+        # [P, r_first * n1 * .. , left] @ [P, left, n * right]
+        out = core if out is None else torch.bmm(out.reshape(len(rows), -1, left), core)
+    return out.reshape(len(rows), -1), offset
+
+
+def tt_adapter(x, factors, layout, act, scale):
+    """`x + scale * up(act(down(x)))`, see ops.tt_adapter."""
+    if x.dtype in (torch.float32, torch.float64):
+        return apply_adapter(x, factors, layout, act, scale)
+    return _in_blocks(lambda x32, _, f: apply_adapter(x32, f, layout, act, scale), x, None, x.shape[2], factors)
+
+
+def apply_adapter(x, factors, layout, act="relu", scale=1.0):
+    """Apply one adapter at every probe: `x (P, T, d)` fp32 or fp64, `factors (P, F)` from `contract_cores`."""
+    down_l, down_r, up_l, up_r = layout.split_augmented(factors.to(x.dtype))
+    h = _times_augmented(torch.bmm(x, down_l), down_r)
+    h = torch.bmm(ACTIVATIONS[act](h), up_l)
+    y = _times_augmented(h * scale if scale != 1.0 else h, up_r, scale)
+    return y + x if _any_grad(y, x) else y.add_(x)
+
+
+def _times_augmented(h, weight, one=1.0):
+    """`[h, one] weight` where weight has a bias row, else `h weight`."""
+    return torch.bmm(F.pad(h, (0, 1), value=one) if weight.shape[1] > h.shape[2] else h, weight)
+
+
+def tt_linear(x, L, R, bias):
+    """`(x L) R + bias`, see ops.tt_linear."""
+    if x.dtype in (torch.float32, torch.float64):
+        return _tt_linear(x, None, L, R, bias)
+    return _in_blocks(_tt_linear, x, None, R.shape[2], L, R, bias)
+
+
+def _tt_linear(x, _, L, R, bias):
+    h = torch.bmm(x, L.to(x.dtype))
+    if bias is None:
+        return torch.bmm(h, R.to(x.dtype))
+    return torch.baddbmm(bias.to(x.dtype)[:, None], h, R.to(x.dtype))
+
+
+def low_rank_linear(x, base, A, B, scale):
+    """`base + scale * (x A) B`, see ops.low_rank_linear."""
+    if x.dtype in (torch.float32, torch.float64):
+        return _low_rank_linear(x, base, A, B, scale)
+    return _in_blocks(lambda *block: _low_rank_linear(*block, scale), x, base, B.shape[2], A, B)
+
+
+def _low_rank_linear(x, base, A, B, scale):
+    h = torch.bmm(x, A.to(x.dtype))
+    y = torch.bmm(h * scale if scale != 1.0 else h, B.to(x.dtype))
+    return y + base if _any_grad(y, base) else y.add_(base)
+
+
+def _in_blocks(fn, x, base, d_out, *per_probe):
+    """`fn(x, base, *per_probe)` in fp32, over blocks of probes or tokens, so that no fp32 copy of a whole activation exists.
+
+    x `(P, T, d_in)` and base `(P, T, d_out)` or None are half precision; per_probe tensors have P first, or are None.
+    """
+    probes, tokens, d_in = x.shape
+    if _any_grad(x, base, *per_probe):
+        return fn(x.float(), None if base is None else base.float(), *per_probe).to(x.dtype)
+    y = x.new_empty((probes, tokens, d_out))
+    widest = max(d_in, d_out, 1)
+    token_step = max(1, min(tokens, _BLOCK // widest))
+    probe_step = max(1, _BLOCK // (token_step * widest))
+    for p in range(0, probes, probe_step):
+        p_slice = slice(p, p + probe_step)
+        rest = [None if f is None else f[p_slice] for f in per_probe]
+        for t in range(0, tokens, token_step):
+            block = (p_slice, slice(t, t + token_step))
+            y[block] = fn(x[block].float(), None if base is None else base[block].float(), *rest)
+    return y
+
+
+def _any_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,455 @@
+"""Every public op of adazeta_kernels: what it computes, its schema, and its fake for torch.compile.
+
+Names of dimensions: P probes, T tokens per probe, d widths, r ranks, n numbers in theta, F factors per probe.
+Seeds name directions: `z(seed)` is the vector that docs/perturbation-spec.md defines, the same bits on every backend.
+Wrappers check types and turn lists into tensors; everything else is checked in `checks.py`, before anything is written.
+
+`tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
+and an input requires grad, they run the reference backend, which is differentiable plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from adazeta_kernels import checks, dispatch
+from adazeta_kernels.layout import TTAdapterLayout
+
+_lib = torch.library.Library("adazeta", "DEF")
+
+
+def _register(schema: str, impl, fake) -> None:
+    """Register one op for all devices. `define/impl` costs a few microseconds a call, `custom_op` several times that."""
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adazeta::{name}", fake, lib=_lib)
+
+
+def fill_normal_(
+    out: torch.Tensor,
+    seed: int,
+    *,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Write a direction into a tensor, in place.
+
+    `out[i] = z(seed)[offset + i]`, i counting elements in order of memory.
+
+    Args:
+        out: any shape, contiguous; float32, bfloat16 or float16.
+        seed: names the direction, 0 <= seed < 2**64.
+        offset: index of the first element, in elements.
+        distribution: "gaussian" (|z| <= 5.77) or "rademacher" (-1 or 1).
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError: `out` is not a floating tensor of a dtype above, `seed` or `offset` is no integer.
+        ValueError: `out` is not contiguous or requires grad in grad mode, `seed` or `offset` is out of range, an
+            unknown distribution or backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        float32 bits are the specification's on every backend; bfloat16 and float16 are those rounded once, to nearest
+        even.
+
+    Source: docs/perturbation-spec.md; Philox: Salmon et al. 2011; Box and Muller 1958.
+    """
+    checks.is_tensor("fill_normal_", "out", out)
+    signed, offset = checks.seed("fill_normal_", seed), checks.offset("fill_normal_", offset)
+    checks.no_leaf_in_grad_mode("fill_normal_", (out,))
+    torch.ops.adazeta.fill_normal_.default(out, signed, offset, distribution, backend)
+    return out
+
+
+def _fill_normal_(out, seed, offset, distribution, backend):
+    checks.writable("fill_normal_", (out,), offset)
+    checks.one_of("fill_normal_", "distribution", distribution, checks.DISTRIBUTIONS)
+    run = dispatch.select("fill_normal_", backend, out.device, out.dtype)
+    run(out, seed % 2**64, offset, distribution)
+
+
+_register(
+    "fill_normal_(Tensor(a!) out, int seed, int offset, str distribution, str? backend) -> ()",
+    _fill_normal_,
+    lambda out, seed, offset, distribution, backend: checks.writable("fill_normal_", (out,), offset),
+)
+
+
+def perturb_(
+    params: Sequence[torch.Tensor],
+    seeds: Sequence[int] | torch.Tensor,
+    scales: Sequence[float] | torch.Tensor,
+    *,
+    offset: int = 0,
+    decay: float = 1.0,
+    distribution: str = "gaussian",
+    backend: str | None = None,
+) -> None:
+    """Add scaled directions to a list of tensors, in place and in one pass.
+
+    `theta <- decay * theta + sum_j scales[j] z(seeds[j])`, theta being the concatenation of the list. It is the
+    perturbation (one seed), the restore (the opposite scale), the move from one query to the next (two seeds), and the
+    SGD update (all seeds, weight decay as `decay`).
+
+    Args:
+        params: contiguous tensors on one device, none sharing memory with another; float32, bfloat16 or float16. Empty
+            tensors are fine.
+        seeds: J integers, 0 <= seed < 2**64, or an int64 tensor `(J,)` of the same bits, on the CPU. May be empty.
+        scales: J numbers or a float32 tensor `(J,)` on the CPU.
+        offset: index in the direction of the first element of the first tensor, in elements.
+        decay: factor on theta; 1 leaves it exact.
+        distribution: "gaussian" or "rademacher".
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Raises:
+        TypeError: `params` is no list of tensors of a dtype above; seeds, scales, offset or decay of a wrong type.
+        ValueError: an empty list; a tensor that is not contiguous, shares memory, lies on another device, or requires
+            grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or decay
+            that is not finite; an unknown distribution or backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        The sum is a chain of fused multiply-adds in float32, in the order of the list, rounded once to the dtype.
+        Bit-identical on every backend. Restoring with the opposite scale is exact only to rounding (relative drift
+        after 1000 cycles at scale 1e-3: float32 2e-6, float16 1.5e-2, bfloat16 .12); keep a copy where that matters.
+
+    Source: MeZO (arXiv 2305.17333), algorithm 1; AdaZeta (arXiv 2406.18060), algorithm 1.
+    """
+    if isinstance(params, torch.Tensor) or not isinstance(params, Sequence):
+        raise TypeError(f"perturb_: params must be a list of tensors, got {type(params).__name__}")
+    if not params:
+        raise ValueError("perturb_: params is an empty list, expected at least one tensor")
+    for position, param in enumerate(params):
+        checks.is_tensor("perturb_", f"params[{position}]", param)
+    seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
+    offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
+    checks.no_leaf_in_grad_mode("perturb_", params)
+    torch.ops.adazeta.perturb_.default(list(params), seeds, scales, offset, decay, distribution, backend)
+
+
+def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
+    _perturb_fake(params, seeds, scales, offset, decay, distribution, backend)
+    checks.finite("perturb_", "decay", decay)
+    checks.finite_scales("perturb_", scales)
+    checks.no_overlap("perturb_", params)
+    run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype)
+    run(params, seeds, scales, offset, decay, distribution)
+
+
+def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
+    checks.writable("perturb_", params, offset)
+    checks.seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
+    checks.one_of("perturb_", "distribution", distribution, checks.DISTRIBUTIONS)
+
+
+_register(
+    "perturb_(Tensor(a!)[] params, Tensor seeds, Tensor scales, int offset, float decay, str distribution, "
+    "str? backend) -> ()",
+    _perturb_,
+    _perturb_fake,
+)
+
+
+def tt_factors(
+    theta: torch.Tensor,
+    layout: TTAdapterLayout,
+    seeds: Sequence[int] | torch.Tensor,
+    scales: Sequence[float] | torch.Tensor,
+    *,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Contract the TT cores of one adapter at every probe; theta is not written.
+
+    Probe p uses `theta_p = theta + scales[p] z(seeds[p])`. Of the cores `G_1 .. G_m | G_m+1 .. G_2m` of each map it
+    gives `L = G_1 .. G_m` and `R = G_m+1 .. G_2m`.
+
+    Args:
+        theta: `(n,)` with n = `layout.numel`; float32, or float64 as an oracle.
+        layout: where cores and biases lie in theta.
+        seeds: P integers, 0 <= seed < 2**64, or an int64 tensor `(P,)` of the same bits, on the CPU.
+        scales: P numbers or a float32 tensor `(P,)` on the CPU; 0 evaluates theta itself.
+        offset: index in the direction of `theta[0]`, in elements.
+        distribution: "gaussian" or "rademacher".
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Returns:
+        `(P, F)` with F = `layout.factor_numel`, dtype of theta; `layout.split_factors` cuts it into L1, R1, b1, L2, R2, b2.
+
+    Raises:
+        TypeError: wrong dtype of theta, seeds or scales, or `layout` is no TTAdapterLayout.
+        ValueError: theta of another length, no seeds, as many seeds as scales are not given, a seed or offset out of
+            range, a scale that is not finite, an unknown distribution or backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        theta_p has the bits that `perturb_` would write. Contraction in float32 without rounding in between; the result
+        is never rounded below float32, since bfloat16 erases a perturbation of 1e-3. With float64 theta the float32
+        normals are widened and all arithmetic is float64.
+
+    Source: AdaZeta (arXiv 2406.18060), section 3 and equation of the tensorized linear layer.
+    """
+    checks.is_tensor("tt_factors", "theta", theta)
+    _is_layout("tt_factors", layout)
+    seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
+    offset = checks.offset("tt_factors", offset)
+    if torch.is_grad_enabled() and theta.requires_grad:
+        _tt_factors_fake(theta, layout._encoded, seeds, scales, offset, distribution, backend)
+        checks.finite_scales("tt_factors", scales)
+        run = _differentiable("tt_factors", backend)
+        return run(theta, layout, seeds, scales, offset, distribution)
+    code = layout._encoded
+    return torch.ops.adazeta.tt_factors.default(theta, code, seeds, scales, offset, distribution, backend)
+
+
+def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
+    layout = _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+    checks.finite_scales("tt_factors", scales)
+    run = dispatch.select("tt_factors", backend, theta.device, theta.dtype)
+    if run.__module__ == _REFERENCE and theta.dtype == torch.float32:
+        # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
+        rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
+        return run(theta, layout, seeds, scales, offset, distribution, rows)
+    return run(theta, layout, seeds, scales, offset, distribution)
+
+
+def _tt_factors_checks(theta, code, seeds, scales, offset, distribution):
+    layout = TTAdapterLayout.decode(code)
+    checks.tt_factors(theta, layout, offset)
+    checks.seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
+    checks.one_of("tt_factors", "distribution", distribution, checks.DISTRIBUTIONS)
+    return layout
+
+
+def _tt_factors_fake(theta, layout, seeds, scales, offset, distribution, backend):
+    layout = _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+    return theta.new_empty((seeds.shape[0], layout.factor_numel))
+
+
+_register(
+    "tt_factors(Tensor theta, int[] layout, Tensor seeds, Tensor scales, int offset, str distribution, str? backend) "
+    "-> Tensor",
+    _tt_factors,
+    _tt_factors_fake,
+)
+
+
+def tt_adapter(
+    x: torch.Tensor,
+    factors: torch.Tensor,
+    layout: TTAdapterLayout,
+    *,
+    act: str = "relu",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Apply an adapter with its own factors at every probe.
+
+    `y[p] = x[p] + scale * ((act((x[p] L1) R1 + b1) L2) R2 + b2)` with the factors of probe p.
+
+    Args:
+        x: `(P, T, d)`, probes first; float32, bfloat16, float16 or float64. T may be 0.
+        factors: `(P, F)` from `tt_factors`; float32 (float64 too where x is).
+        layout: the layout that made the factors.
+        act: relu, gelu (exact, with erf), silu, tanh or identity.
+        scale: factor on the adapter's output, without unit.
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Returns:
+        `(P, T, d)`, contiguous, dtype of x.
+
+    Raises:
+        TypeError: wrong dtype of x or factors, or `layout` is no TTAdapterLayout.
+        ValueError: wrong shape or device, a scale that is not finite, an unknown act or backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        Products and activation in float32 (float64 for float64 x), the result rounded once to the dtype of x. Error
+        against float64 at most twice that of the same computation in plain torch.
+
+    Source: AdaZeta (arXiv 2406.18060), section 3; adapters: Houlsby et al. 2019 (arXiv 1902.00751).
+    """
+    checks.is_tensor("tt_adapter", "x", x)
+    checks.is_tensor("tt_adapter", "factors", factors)
+    _is_layout("tt_adapter", layout)
+    scale = checks.finite("tt_adapter", "scale", scale)
+    if torch.is_grad_enabled() and (x.requires_grad or factors.requires_grad):
+        _tt_adapter_fake(x, factors, layout._encoded, act, scale, backend)
+        return _differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
+    return torch.ops.adazeta.tt_adapter.default(x, factors, layout._encoded, act, scale, backend)
+
+
+def _tt_adapter(x, factors, layout, act, scale, backend):
+    layout = _tt_adapter_checks(x, factors, layout, act, scale)
+    return dispatch.select("tt_adapter", backend, x.device, x.dtype)(x, factors, layout, act, scale)
+
+
+def _tt_adapter_checks(x, factors, code, act, scale):
+    layout = TTAdapterLayout.decode(code)
+    checks.tt_adapter(x, factors, layout)
+    checks.one_of("tt_adapter", "act", act, checks.ACTS)
+    checks.finite("tt_adapter", "scale", scale)
+    return layout
+
+
+def _tt_adapter_fake(x, factors, layout, act, scale, backend):
+    _tt_adapter_checks(x, factors, layout, act, scale)
+    return x.new_empty(x.shape)
+
+
+_register(
+    "tt_adapter(Tensor x, Tensor factors, int[] layout, str act, float scale, str? backend) -> Tensor",
+    _tt_adapter,
+    _tt_adapter_fake,
+)
+
+
+def tt_linear(
+    x: torch.Tensor,
+    L: torch.Tensor,
+    R: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Apply a contracted TT linear with its own factors at every probe.
+
+    `y[p] = (x[p] L[p]) R[p] + bias[p]`.
+
+    Args:
+        x: `(P, T, d_in)`, probes first; float32, bfloat16, float16 or float64. T may be 0.
+        L: `(P, d_in, r)`, float32 (float64 too where x is).
+        R: `(P, r, d_out)`, dtype as L.
+        bias: `(P, d_out)` or None, dtype as L.
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Returns:
+        `(P, T, d_out)`, contiguous, dtype of x.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, or an unknown backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        As `tt_adapter`.
+
+    Source: AdaZeta (arXiv 2406.18060), section 3; Novikov et al. 2015 (arXiv 1509.06569).
+    """
+    for name, value in (("x", x), ("L", L), ("R", R)):
+        checks.is_tensor("tt_linear", name, value)
+    if bias is not None:
+        checks.is_tensor("tt_linear", "bias", bias)
+    if _any_requires_grad(x, L, R, bias):
+        checks.tt_linear(x, L, R, bias)
+        return _differentiable("tt_linear", backend)(x, L, R, bias)
+    return torch.ops.adazeta.tt_linear.default(x, L, R, bias, backend)
+
+
+def _tt_linear(x, L, R, bias, backend):
+    checks.tt_linear(x, L, R, bias)
+    return dispatch.select("tt_linear", backend, x.device, x.dtype)(x, L, R, bias)
+
+
+def _tt_linear_fake(x, L, R, bias, backend):
+    checks.tt_linear(x, L, R, bias)
+    return x.new_empty((x.shape[0], x.shape[1], R.shape[2]))
+
+
+_register(
+    "tt_linear(Tensor x, Tensor L, Tensor R, Tensor? bias, str? backend) -> Tensor",
+    _tt_linear,
+    _tt_linear_fake,
+)
+
+
+def low_rank_linear(
+    x: torch.Tensor,
+    base: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Add a low-rank map with its own factors at every probe to a frozen output.
+
+    `y[p] = base[p] + scale * (x[p] A[p]) B[p]`: LoRA at several probes, or a low-rank direction of a frozen weight.
+
+    Args:
+        x: `(P, T, d_in)`, probes first; float32, bfloat16, float16 or float64. T may be 0.
+        base: `(P, T, d_out)`, dtype of x: what the frozen layer gave for x. It is not written.
+        A: `(P, d_in, r)`, float32 (float64 too where x is).
+        B: `(P, r, d_out)`, dtype as A.
+        scale: factor on the low-rank part, without unit.
+        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
+
+    Returns:
+        `(P, T, d_out)`, contiguous, dtype of x.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, a scale that is not finite, or an unknown backend.
+        RuntimeError: the named backend cannot run here.
+
+    Numerics:
+        As `tt_adapter`; base is added before the one rounding.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+    """
+    for name, value in (("x", x), ("base", base), ("A", A), ("B", B)):
+        checks.is_tensor("low_rank_linear", name, value)
+    scale = checks.finite("low_rank_linear", "scale", scale)
+    if _any_requires_grad(x, base, A, B):
+        checks.low_rank_linear(x, base, A, B)
+        return _differentiable("low_rank_linear", backend)(x, base, A, B, scale)
+    return torch.ops.adazeta.low_rank_linear.default(x, base, A, B, scale, backend)
+
+
+def _low_rank_linear(x, base, A, B, scale, backend):
+    checks.low_rank_linear(x, base, A, B)
+    checks.finite("low_rank_linear", "scale", scale)
+    return dispatch.select("low_rank_linear", backend, x.device, x.dtype)(x, base, A, B, scale)
+
+
+def _low_rank_linear_fake(x, base, A, B, scale, backend):
+    checks.low_rank_linear(x, base, A, B)
+    return x.new_empty(base.shape)
+
+
+_register(
+    "low_rank_linear(Tensor x, Tensor base, Tensor A, Tensor B, float scale, str? backend) -> Tensor",
+    _low_rank_linear,
+    _low_rank_linear_fake,
+)
+
+_REFERENCE = "adazeta_kernels.backends.reference.tt"
+
+
+def _is_layout(op, layout):
+    if not isinstance(layout, TTAdapterLayout):
+        raise TypeError(f"{op}: layout must be a TTAdapterLayout, got {type(layout).__name__}")
+
+
+def _any_requires_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable(op, backend):
+    """The reference function of `op`, for inputs that require grad."""
+    name = dispatch.requested(backend)
+    if name not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
+            "under torch.no_grad() or with backend='reference'"
+        )
+    return dispatch.reference(op)
