@@ -63,3 +63,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Make the folder ``path`` (and those above it); raises ``UserError`` where that can't be done."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path

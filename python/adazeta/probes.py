@@ -1,0 +1,196 @@
+"""Probes: which points around ``theta`` a step looks at, and how they are evaluated in few forwards.
+
+A probe is ``theta + scale * z(seed)`` on some rows of the batch. Probes of adapters are virtual: the adapted layers
+build the perturbed factors while the batch passes, and ``theta`` is never written. Other trainable parameters are
+perturbed in place, one probe at a time, and put back from a copy.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adazeta_kernels import perturb_
+
+#: probes x tokens per forward above which a larger batch no longer gets cheaper per row (docs/guide.md).
+TOKENS_PER_FORWARD = {"cpu": 1024, "default": 65536}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The probes of one forward, as the adapted layers see them.
+
+    Args:
+        seeds: int64 ``[P]`` (two's complement of the 64-bit seed).
+        scales: float32 ``[P]``.
+        adapter: name of the adapter they perturb.
+        distribution: ``"gaussian"`` or ``"rademacher"``.
+    """
+
+    seeds: torch.Tensor
+    scales: torch.Tensor
+    adapter: str = "default"
+    distribution: str = "gaussian"
+
+    @classmethod
+    def of(cls, seeds, scales, adapter="default", distribution="gaussian") -> "Probes":
+        """Make probes from Python integers (0 <= seed < 2**64) and floats."""
+        signed = [s - 2**64 if s >= 2**63 else s for s in seeds]
+        return cls(torch.tensor(signed), torch.tensor(scales, dtype=torch.float32), adapter, distribution)
+
+    def __len__(self) -> int:
+        return self.seeds.numel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All probes of one estimate, in the order group, query, sign.
+
+    Args:
+        seeds: one seed per (group, query), group-major.
+        eps: distance of a probe from theta.
+        signs: sign of each probe of a query.
+        groups: number of groups G; group g owns rows ``g * rows_per_probe ...`` of the batch.
+        rows_per_probe: rows of the batch that a probe sees.
+    """
+
+    seeds: list[int]
+    eps: float
+    signs: tuple[float, ...]
+    groups: int
+    rows_per_probe: int
+
+    def __len__(self) -> int:
+        return len(self.seeds) * len(self.signs)
+
+    @property
+    def rows(self) -> int:
+        """Forward rows of the whole plan: the unit of cost."""
+        return len(self) * self.rows_per_probe
+
+    def probe(self, index: int) -> tuple[int, float, range]:
+        """Return seed, scale and batch rows of probe ``index``."""
+        query, sign = divmod(index, len(self.signs))
+        first = query // (len(self.seeds) // self.groups) * self.rows_per_probe
+        return self.seeds[query], self.eps * self.signs[sign], range(first, first + self.rows_per_probe)
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Return the number of examples: dimension 0 of the batch's tensors, which must agree."""
+    sizes = {name: value.shape[0] for name, value in batch.items() if torch.is_tensor(value) and value.ndim}
+    if not sizes:
+        raise ValueError(f"the batch holds no tensor with examples in dimension 0; its keys are {sorted(batch)}")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the tensors of the batch disagree on the number of examples: {sizes}")
+    if not (size := next(iter(sizes.values()))):
+        raise ValueError("the batch is empty")
+    return size
+
+
+def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Return the batch with dimension 0 of every tensor indexed by ``rows``; other values pass through."""
+    return {
+        name: value.index_select(0, rows.to(value.device)) if torch.is_tensor(value) and value.ndim else value
+        for name, value in batch.items()
+    }
+
+
+def default_probes_per_forward(plan: Plan, batch: Mapping[str, Any]) -> int:
+    """Return how many probes share a forward when the caller does not say: about ``TOKENS_PER_FORWARD`` tokens."""
+    tensor = next((batch[k] for k in ("input_ids", "inputs_embeds", "attention_mask") if k in batch), None)
+    if tensor is None:
+        tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
+    tokens = plan.rows_per_probe * (tensor.shape[1] if tensor.ndim > 1 else 1)
+    limit = TOKENS_PER_FORWARD.get(tensor.device.type, TOKENS_PER_FORWARD["default"])
+    probes = max(1, limit // max(1, tokens))
+    # Whole groups, where they fit, so that the layers below the first adapter run once per example.
+    per_group = len(plan) // plan.groups
+    return probes - probes % per_group if probes > per_group else probes
+
+
+@contextmanager
+def probing(tt_model, probes: Probes) -> Iterator[None]:
+    """Let every adapted layer of ``tt_model`` evaluate ``probes``; dimension 0 of all inputs is then probe-major."""
+    layers = [layer for _, layer in tt_model.tt_layers(probes.adapter)]
+    for layer in layers:
+        layer.probes = probes
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.probes = None
+
+
+@contextmanager
+def perturbed_in_place(params: list[torch.Tensor], seed: int, scale: float, *, offset: int, distribution: str):
+    """Perturb ``params`` in place for the duration; afterwards they hold their old bits, put back from a copy."""
+    saved = [p.detach().clone() for p in params]
+    try:
+        perturb_(params, [seed], [scale], offset=offset, distribution=distribution)
+        yield
+    finally:
+        for p, old in zip(params, saved):
+            p.copy_(old)
+
+
+@torch.no_grad()
+def evaluate_probes(
+    plan: Plan,
+    batch: Mapping[str, Any],
+    loss_fn: Callable[[dict[str, Any]], torch.Tensor],
+    *,
+    tt_model=None,
+    adapter: str = "default",
+    in_place: list[torch.Tensor] | None = None,
+    in_place_offset: int = 0,
+    distribution: str = "gaussian",
+    probes_per_forward: int | None = None,
+    share_prefix: bool = True,
+) -> torch.Tensor:
+    """Return the loss of every row at every probe, ``[G, Q, S, rows_per_probe]`` float32 on the CPU.
+
+    Args:
+        plan: the probes.
+        batch: the B examples, tensors with examples in dimension 0.
+        loss_fn: maps an expanded batch to one loss per row.
+        tt_model: the ``TTModel`` whose adapter ``adapter`` is perturbed virtually, or None.
+        in_place: further parameters, perturbed in place one probe at a time; their first element has index
+            ``in_place_offset`` in the direction.
+        probes_per_forward: limit of probes in one forward; by default from the number of tokens.
+        share_prefix: run blocks below the first adapter once per example instead of once per probe.
+
+    Raises:
+        ValueError: ``loss_fn`` does not return one value per row.
+    """
+    from .prefix import shared_prefix
+
+    limit = probes_per_forward or default_probes_per_forward(plan, batch)
+    if in_place:
+        limit = 1
+    losses = []
+    for first in range(0, len(plan), limit):
+        chunk = [plan.probe(i) for i in range(first, min(first + limit, len(plan)))]
+        rows = torch.tensor([row for _, _, rows in chunk for row in rows])
+        seeds, scales = [seed for seed, _, _ in chunk], [scale for _, scale, _ in chunk]
+        with ExitStack() as stack:
+            if tt_model is not None:
+                stack.enter_context(probing(tt_model, Probes.of(seeds, scales, adapter, distribution)))
+                if share_prefix and not in_place:
+                    stack.enter_context(shared_prefix(tt_model, adapter, rows))
+            if in_place:
+                stack.enter_context(
+                    perturbed_in_place(in_place, seeds[0], scales[0], offset=in_place_offset, distribution=distribution)
+                )
+            loss = loss_fn(take_rows(batch, rows))
+        if loss.shape != (len(rows),):
+            raise ValueError(
+                f"the loss function must return one loss per row, shape ({len(rows)},), got {tuple(loss.shape)}; "
+                "do not average over the batch"
+            )
+        losses.append(loss.float())
+    shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
+    assert math.prod(shape) == plan.rows
+    return torch.cat(losses).cpu().view(shape)

@@ -1,0 +1,141 @@
+"""``ZOTrainer``: ``transformers.Trainer`` with forward passes in place of the backward pass.
+
+Logging, evaluation, callbacks, checkpoints and resume are the Trainer's own; only the optimizer, the training step and
+what depends on them are overridden.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from .config import ZOConfig
+from .errors import UserError
+from .files import make_folder
+from .journal import NAME as JOURNAL_NAME
+from .losses import causal_lm_loss
+from .optimizer import ZerothOrder
+
+
+class ZOTrainer(Trainer):
+    """Fine-tune a model by zeroth-order steps.
+
+    Args:
+        zo: the settings of the step; the learning rate, its schedule, weight decay and the rest are ``args``'.
+        loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; the next-token loss over the labels by default.
+        journal: write ``journal.azj`` into ``args.output_dir``.
+        **kwargs: those of ``transformers.Trainer``.
+
+    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` and ``queries`` so far, ``rows_per_s``
+    since the last log, ``spread`` of the projected gradients and ``dropped`` queries.
+    """
+
+    def __init__(
+        self,
+        *args,
+        zo: ZOConfig | None = None,
+        loss: Callable | None = None,
+        journal: bool = True,
+        **kwargs,
+    ):
+        self.zo = zo or ZOConfig()
+        self.loss = loss or causal_lm_loss
+        self.journal_wanted = journal
+        self._queries = 0
+        self._last_log = (time.perf_counter(), 0)
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
+        self.add_callback(_JournalCallback(self))
+
+    @property
+    def zeroth_order(self) -> ZerothOrder:
+        """The ``ZerothOrder`` inside whatever accelerate has wrapped around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            settings = {name: getattr(self.zo, name) for name in asdict(self.zo)}
+            run_seed = settings.pop("run_seed")
+            self.optimizer = ZerothOrder(
+                self.model if model is None else model,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                run_seed=self.args.seed if run_seed is None else run_seed,
+                steps_per_epoch=self._steps_per_epoch(),
+                **settings,
+            )
+        return self.optimizer
+
+    def _steps_per_epoch(self) -> int:
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        try:
+            return max(1, -(-len(self.train_dataset) // batch))
+        except TypeError:  # a stream has no length: the whole run is one epoch
+            return max(1, self.args.max_steps)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        model.eval()  # dropout would differ between the two probes of a query
+        inputs = self._prepare_inputs(inputs)
+        optimizer = self.zeroth_order
+        with self.compute_loss_context_manager():
+            loss = optimizer.estimate(self.loss, inputs)
+        if loss != loss and optimizer.rows and optimizer.step_index == 0:
+            raise UserError(_explain_no_finite_loss(model))
+        self._queries = optimizer.queries(optimizer.step_index, optimizer.steps_per_epoch)
+        return torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            if not hasattr(self.loss, "scores"):
+                return self.loss(model, inputs).mean(), None, None
+            scores = self.loss.scores(model, inputs)
+        labels = inputs["labels"]
+        loss = torch.nn.functional.cross_entropy(scores, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.optimizer is not None:
+            optimizer, now = self.zeroth_order, time.perf_counter()
+            logs.pop("grad_norm", None)  # there is no gradient
+            seconds, rows = now - self._last_log[0], optimizer.rows - self._last_log[1]
+            self._last_log = (now, optimizer.rows)
+            logs.update(
+                rows=optimizer.rows,
+                queries=self._queries,
+                rows_per_s=rows / seconds if seconds > 0 else 0.0,
+                spread=optimizer.spread,
+                dropped=optimizer.dropped,
+            )
+        super().log(logs, start_time)
+
+
+class _JournalCallback(TrainerCallback):
+    """Opens the journal when training begins, once a checkpoint, if any, has been loaded."""
+
+    def __init__(self, trainer: ZOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        optimizer = self.trainer.zeroth_order
+        self.trainer._last_log = (time.perf_counter(), optimizer.rows)
+        if self.trainer.journal_wanted and state.is_world_process_zero:
+            make_folder(args.output_dir)
+            optimizer.write_journal(Path(args.output_dir) / JOURNAL_NAME, resume=optimizer.step_index > 0)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.zeroth_order.journal is not None:
+            self.trainer.zeroth_order.journal.close()
+
+
+def _explain_no_finite_loss(model: torch.nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"every loss of the first step is NaN or infinite: the base model's {name} holds such values"
+    return "every loss of the first step is NaN or infinite although all parameters are finite; try float32 or a smaller eps"

@@ -1,0 +1,96 @@
+"""One adapted module: the frozen base layer with tensor-train adapters before or after it."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from adazeta_kernels import TTAdapterLayout, tt_adapter, tt_factors
+
+from ..probes import Probes
+
+# One probe of scale 0.
+_AT_THETA = (torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+
+
+class TTLayer(nn.Module, BaseTunerLayer):
+    """A base layer whose output (``post``) or input (``pre``) passes through ``x + scale * up(act(down(x)))``.
+
+    All numbers of one adapter are one flat parameter ``tt_theta.<adapter>``, itself a view of the model's flat
+    ``theta`` (see ``TTModel.theta``); ``layout[adapter]`` names the cores and biases inside it.
+    """
+
+    adapter_layer_names = ("tt_theta",)
+    other_param_names = ("layout", "placement", "act", "scale", "offset")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.tt_theta = nn.ParameterDict()
+        self.layout: dict[str, TTAdapterLayout] = {}
+        self.placement: dict[str, str] = {}
+        self.act: dict[str, str] = {}
+        self.scale: dict[str, float] = {}
+        self.offset: dict[str, int] = {}
+        self.probes: Probes | None = None  # set only inside adazeta.probes.probing()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add_adapter(self, name, layout, placement, act, scale, offset, theta):
+        """Register adapter ``name`` with initial numbers ``theta`` (``[layout.numel]``) at ``offset`` in the flat one."""
+        self.tt_theta[name] = nn.Parameter(theta)
+        self.layout[name] = layout
+        self.placement[name] = placement
+        self.act[name] = act
+        self.scale[name] = float(scale)
+        self.offset[name] = offset
+
+    def cores(self, name: str = "default") -> dict[str, torch.Tensor]:
+        """Return the named cores and biases of adapter ``name`` as views of its numbers."""
+        theta = self.tt_theta[name]
+        return {
+            segment.name: theta[segment.offset : segment.offset + segment.numel].view(segment.shape)
+            for segment in self.layout[name].segments()
+        }
+
+    def forward(self, x: torch.Tensor, *args, **kwargs):
+        active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.tt_theta]
+        for name in active:
+            if self.placement[name] == "pre":
+                x = self._adapt(x, name)
+        out = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            if self.placement[name] == "post":
+                out = self._adapt(out, name)
+        return out
+
+    def _adapt(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        theta, layout = self.tt_theta[name], self.layout[name]
+        probes = self.probes if self.probes is not None and self.probes.adapter == name else None
+        count = 1 if probes is None else len(probes)
+        if x.shape[0] % count:
+            raise ValueError(
+                f"{count} probes are active, but the input has {x.shape[0]} rows; dimension 0 of the batch must be "
+                "probe-major and a multiple of the number of probes"
+            )
+        if probes is None:  # theta itself; differentiable in grad mode, for comparison with first-order training
+            factors = tt_factors(theta, layout, *_AT_THETA)
+        else:
+            factors = tt_factors(
+                theta,
+                layout,
+                probes.seeds,
+                probes.scales,
+                offset=self.offset[name],
+                distribution=probes.distribution,
+            )
+        y = tt_adapter(x.reshape(count, -1, x.shape[-1]), factors, layout, act=self.act[name], scale=self.scale[name])
+        return y.reshape(x.shape)
+
+    def merge(self, safe_merge: bool = False, adapter_names=None) -> None:
+        raise ValueError("a TT adapter has a non-linearity and cannot be merged into the base weights")
+
+    def unmerge(self) -> None:
+        raise ValueError("a TT adapter cannot be merged, so there is nothing to unmerge")
+
+    def __repr__(self) -> str:
+        return "tt." + super().__repr__()

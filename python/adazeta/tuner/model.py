@@ -1,0 +1,159 @@
+"""``TTModel``: puts TT adapters into a model and keeps all their numbers in one flat ``theta``."""
+
+import re
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from torch import nn
+
+from adazeta_kernels import TTAdapterLayout
+
+from .config import TTConfig
+from .init import initial_theta
+from .layer import TTLayer
+from .sites import placement_of, resolve_sites
+
+
+class TTModel(BaseTuner):
+    """A model with tensor-train adapters, made by ``peft.get_peft_model(model, TTConfig(...))``.
+
+    ``theta(adapter)`` is the flat float32 vector of all trainable numbers of one adapter, in the order of the model's
+    modules; every layer's parameter is a view of it, so an update of ``theta`` is an update of the model.
+    """
+
+    prefix = "tt_"
+    tuner_layer_cls = TTLayer
+
+    def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None):
+        self._theta: dict[str, torch.Tensor] = {}
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
+    @staticmethod
+    def _prepare_adapter_config(peft_config: TTConfig, model_config: dict) -> TTConfig:
+        # Resolved names are stored in the saved configuration, so that a later change of the table of sites cannot
+        # move the adapters of a saved model.
+        named = isinstance(peft_config.sites, str) and peft_config.target_modules is not None
+        if named:
+            peft_config.sites = {}
+        else:
+            peft_config.sites = resolve_sites(peft_config.sites, model_config.get("model_type"))
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(peft_config.sites)
+        return peft_config
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        base_layer = target.get_base_layer() if isinstance(target, TTLayer) else target
+        placement = placement_of(current_key, config.sites)
+        width = self._width(base_layer, placement, current_key)
+        layout = TTAdapterLayout.auto(
+            width,
+            bottleneck=config.bottleneck,
+            rank=config.rank if isinstance(config.rank, int) else tuple(config.rank),
+            shapes=config.shapes,
+            bias=config.bias,
+        )
+        layer = target if isinstance(target, TTLayer) else TTLayer(base_layer)
+        offset = sum(other.layout[adapter_name].numel for _, other in self.tt_layers(adapter_name))
+        device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        if torch.empty(0).device.type == "meta":  # low_cpu_mem_usage: the numbers come from a checkpoint
+            theta = torch.empty(layout.numel)
+        else:
+            theta = initial_theta(
+                layout, init=config.init, gain=config.init_gain, seed=config.init_seed, offset=offset
+            ).to(device)
+        layer.add_adapter(adapter_name, layout, placement, config.act, config.scale, offset, theta)
+        if adapter_name not in self.active_adapters:
+            layer.tt_theta[adapter_name].requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _width(base_layer: nn.Module, placement: str, key: str) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            features = _get_in_out_features(base_layer)
+        width = features[1] if placement == "post" else features[0]
+        if width is None or isinstance(base_layer, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
+            raise ValueError(
+                f"cannot put a TT adapter on {key!r}: expected a linear layer with in_features and out_features, got "
+                f"{type(base_layer).__name__}"
+            )
+        return width
+
+    def _post_injection_hook(self, model, config, adapter_name):
+        self._theta.pop(adapter_name, None)
+        if all(p.device.type != "meta" for p in self._parameters_of(adapter_name)):
+            self.theta(adapter_name)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # TTConfig.bias speaks of the adapters' own biases; PEFT's `bias` speaks of the base model's, which stay frozen.
+        biases = {name: config.bias for name, config in self.peft_config.items()}
+        try:
+            for config in self.peft_config.values():
+                config.bias = "none"
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            for name, config in self.peft_config.items():
+                config.bias = biases[name]
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
+        return {}
+
+    def tt_layers(self, adapter_name: str) -> list[tuple[str, TTLayer]]:
+        """Return ``(module name, layer)`` of every layer that holds ``adapter_name``, in the model's module order."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, TTLayer) and adapter_name in module.tt_theta
+        ]
+
+    def _parameters_of(self, adapter_name):
+        return [layer.tt_theta[adapter_name] for _, layer in self.tt_layers(adapter_name)]
+
+    def theta(self, adapter_name: str = "default") -> torch.Tensor:
+        """Return the flat float32 vector that all parameters of ``adapter_name`` are views of.
+
+        The views break when the model is moved, cast or copied; they are made again here, from the current values.
+
+        Raises:
+            ValueError: no such adapter, its parameters on several devices, or not float32.
+        """
+        layers = [layer for _, layer in self.tt_layers(adapter_name)]
+        if not layers:
+            raise ValueError(f"no TT adapter named {adapter_name!r}; the model has {sorted(self.peft_config)}")
+        parameters = [layer.tt_theta[adapter_name] for layer in layers]
+        flat = self._theta.get(adapter_name)
+        if flat is not None and all(
+            p.data_ptr() == flat.data_ptr() + 4 * layer.offset[adapter_name] and p.device == flat.device
+            for layer, p in zip(layers, parameters)
+        ):
+            return flat
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise ValueError(f"the parameters of adapter {adapter_name!r} must be on one device, got {devices}")
+        if any(p.dtype != torch.float32 for p in parameters):
+            raise ValueError(
+                f"the parameters of adapter {adapter_name!r} must be float32 (bfloat16 erases perturbations), got "
+                f"{sorted({str(p.dtype) for p in parameters})}; cast the base model before adding the adapter"
+            )
+        flat = torch.cat([p.data.reshape(-1) for p in parameters])
+        offset = 0
+        for layer, p in zip(layers, parameters):
+            layer.offset[adapter_name] = offset
+            p.data = flat[offset : offset + p.numel()]
+            offset += p.numel()
+        self._theta[adapter_name] = flat
+        return flat
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._theta.pop(adapter_name, None)
+
+    def block_list(self, adapter_name: str) -> tuple[str, int] | None:
+        """Return the name of the block list and the index of the first block with an adapter, if all are in one list."""
+        found = [re.match(r"(.*?)\.(\d+)\.", name) for name, _ in self.tt_layers(adapter_name)]
+        if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
+            return None
+        return found[0][1], min(int(match[2]) for match in found)
