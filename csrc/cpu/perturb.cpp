@@ -1,0 +1,65 @@
+// perturb_: theta <- decay theta + sum_j scales[j] z(seeds[j]), in place over a list of tensors, in one pass.
+#include "levels.h"
+#include "tile.h"
+
+namespace adazeta {
+namespace ADAZETA_LEVEL {
+namespace {
+
+// The last tensor that begins at or before `position`.
+int64_t find_tensor(const PerturbParams& p, int64_t position) {
+  int64_t low = 0, high = p.tensor_count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (p.tensors[middle].begin <= position ? low : high) = middle;
+  }
+  return low;
+}
+
+// Calls visit(tensor, first element in it, place in the tile, count) for each piece of a tensor in the tile.
+template <class Visit>
+ADAZETA_HD void for_pieces(const PerturbParams& p, int64_t position, const TileRange& range, Visit visit) {
+  int64_t t = find_tensor(p, position);
+  for (int place = range.first; place < range.last; ++t) {
+    const TensorRef& tensor = p.tensors[t];
+    const int64_t end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+    const int left = range.last - place;
+    const int n = end - position < left ? static_cast<int>(end - position) : left;
+    visit(tensor, position - tensor.begin, place, n);
+    position += n;
+    place += n;
+  }
+}
+
+void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
+  const TileRange range = tiling.range(index);
+  const int64_t position = tiling.position(range);
+  alignas(64) float tile[kTile];
+  if (range.first != 0 || range.last != kTile) memset(tile, 0, sizeof(tile));
+  for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
+    load(tile + place, tensor.data, tensor.dtype, begin, n, p.decay);
+  });
+  for (int64_t j = 0; j < p.seed_count; ++j) {
+    // A zero scale adds nothing, not even the sign of a zero (docs/perturbation-spec.md, section 6).
+    if (p.scales[j] != 0.0f) add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
+  }
+  for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
+    store(tensor.data, tensor.dtype, begin, n, tile + place);
+  });
+}
+
+}  // namespace
+
+void perturb(const PerturbParams& p) {
+  const Tiling tiling{p.offset, p.numel};
+  const int64_t tiles = tiling.count();
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    const DefaultRounding rounding;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tiles; ++i) perturb_tile(p, tiling, i);
+  }
+}
+
+}  // namespace ADAZETA_LEVEL
+}  // namespace adazeta

@@ -1,0 +1,17 @@
+// Whether CUDA was built in, and how many devices the driver offers. No CUDA header is needed to include this.
+#pragma once
+
+namespace adazeta {
+
+#if defined(ADAZETA_WITH_CUDA)
+constexpr bool kCudaBuilt = true;
+// Stores the number of devices; returns null, or the driver's reason why there are none.
+const char* cuda_device_count(int* count);
+#else
+constexpr bool kCudaBuilt = false;
+inline const char* cuda_device_count(int*) {
+  return "built without CUDA (ADAZETA_BUILD_CUDA=0, or nvcc was not found)";
+}
+#endif
+
+}  // namespace adazeta
