@@ -26,6 +26,11 @@ def is_tensor(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def is_layout(op: str, value) -> None:
+    if not isinstance(value, TTAdapterLayout):
+        raise TypeError(f"{op}: layout must be a TTAdapterLayout, got {type(value).__name__}")
+
+
 def one_of(op: str, name: str, value, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{op}: unknown {name} {value!r}; known are {', '.join(known)}")

@@ -60,6 +60,26 @@ def reference(op: str) -> Callable:
     return getattr(_load("reference")[0], op)
 
 
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call would have to be recorded for autograd."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiable(op: str, backend: str | None) -> Callable:
+    """The reference function of `op`, for inputs that require grad.
+
+    Raises:
+        RuntimeError: another backend is named, which has no backward.
+    """
+    name = requested(backend)
+    if name not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
+            "under torch.no_grad() or with backend='reference'"
+        )
+    return reference(op)
+
+
 def _choose(op, name, device, dtype):
     if name != "auto":
         reason = _why_not(name, op, device, dtype)

@@ -179,9 +179,12 @@ class TTAdapterLayout:
             )
         # Plain attributes, computed once: these are read on every forward and under torch.compile.
         object.__setattr__(self, "_segments", _segments(self))
-        object.__setattr__(self, "_blocks", _factor_blocks(self))
+        factors, augmented = _factor_blocks(self)
+        object.__setattr__(self, "_factor_plan", _split_plan(factors))
+        object.__setattr__(self, "_augmented_plan", _split_plan(augmented))
+        object.__setattr__(self, "_segment_plan", _split_plan([segment.shape for segment in self._segments]))
         object.__setattr__(self, "numel", sum(segment.numel for segment in self._segments))
-        object.__setattr__(self, "factor_numel", sum(prod(shape) for shape in self._blocks if shape))
+        object.__setattr__(self, "factor_numel", sum(map(prod, factors)))
         object.__setattr__(self, "_encoded", _encode(self))
 
     @classmethod
@@ -233,20 +236,23 @@ class TTAdapterLayout:
         """Cut factors `(P, factor_numel)` into views.
 
         Returns:
-            `L1 (P, d, r1)`, `R1 (P, r1, b)`, `b1 (P, b)` or None, `L2 (P, b, r2)`, `R2 (P, r2, d)`, `b2 (P, d)` or
-            None. Each bias lies right behind its `R`, see `split_augmented`.
+            Tuple of `L1 (P, d, r1)`, `R1 (P, r1, b)`, `b1 (P, b)` or None, `L2 (P, b, r2)`, `R2 (P, r2, d)`, `b2 (P, d)`
+            or None. Each bias lies right behind its `R`, see `split_augmented`.
 
         Raises:
             ValueError: `factors` is not of shape `(P, factor_numel)`.
         """
-        return _split(factors, self._blocks, self.factor_numel)
+        parts = _split(factors, self._factor_plan, self.factor_numel, "factors")
+        return tuple(parts) if self.bias else (parts[0], parts[1], None, parts[2], parts[3], None)
 
-    def split_augmented(self, factors: torch.Tensor):
-        """Cut factors into `L1, R1b, L2, R2b`, where `R1b (P, r1+1, b)` and `R2b (P, r2+1, d)` hold the bias as last
-        row, so that `[h, 1] R` adds it at no cost. Without biases they equal `R1` and `R2`. Views."""
-        r1, r2, b, d = self.down.bond, self.up.bond, self.bottleneck, self.width
-        extra = int(self.bias)
-        return _split(factors, ((d, r1), (r1 + extra, b), (b, r2), (r2 + extra, d)), self.factor_numel)
+    def split_augmented(self, factors: torch.Tensor) -> list[torch.Tensor]:
+        """Cut factors into views `L1, R1b, L2, R2b`, where `R1b (P, r1+1, b)` and `R2b (P, r2+1, d)` hold the bias as
+        last row, so that `[h, 1] R` adds it at no cost. Without biases they equal `R1` and `R2`."""
+        return _split(factors, self._augmented_plan, self.factor_numel, "factors")
+
+    def split_theta(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Cut copies of theta `(P, numel)` into views `(P, *segment.shape)`, one per segment."""
+        return _split(rows, self._segment_plan, self.numel, "rows")
 
     def encode(self) -> list[int]:
         """Write the layout as a list of integers, for the op schemas."""
@@ -346,25 +352,25 @@ def _segments(layout: TTAdapterLayout) -> tuple[Segment, ...]:
     return tuple(out)
 
 
-def _factor_blocks(layout: TTAdapterLayout) -> tuple[tuple[int, ...] | None, ...]:
-    out = []
+def _factor_blocks(layout: TTAdapterLayout):
+    """Shapes of L, R, bias of both maps, and the same with each bias as the last row of its R."""
+    factors, augmented = [], []
     for shape in (layout.down, layout.up):
-        out += [(shape.d_in, shape.bond), (shape.bond, shape.d_out), (shape.d_out,) if layout.bias else None]
-    return tuple(out)
+        factors += [(shape.d_in, shape.bond), (shape.bond, shape.d_out)] + [(shape.d_out,)] * layout.bias
+        augmented += [(shape.d_in, shape.bond), (shape.bond + layout.bias, shape.d_out)]
+    return tuple(factors), tuple(augmented)
 
 
-def _split(factors, blocks, numel):
-    if factors.dim() != 2 or factors.shape[1] != numel:
-        raise ValueError(f"factors must have shape (P, {numel}), got {tuple(factors.shape)}")
-    out, offset = [], 0
-    for shape in blocks:
-        if shape is None:
-            out.append(None)
-            continue
-        size = prod(shape)
-        out.append(factors[:, offset : offset + size].unflatten(1, shape))
-        offset += size
-    return tuple(out)
+def _split_plan(shapes) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+    """Sizes for one call to split, and the shape of each view; computed once, since it is used on every forward."""
+    return [prod(shape) for shape in shapes], tuple((-1, *shape) for shape in shapes)
+
+
+def _split(rows, plan, numel, name):
+    if rows.dim() != 2 or rows.shape[1] != numel:
+        raise ValueError(f"{name} must have shape (P, {numel}), got {tuple(rows.shape)}")
+    sizes, shapes = plan
+    return [part.view(shape) for part, shape in zip(torch.split_with_sizes(rows, sizes, 1), shapes, strict=True)]
 
 
 def _encode(layout: TTAdapterLayout) -> tuple[int, ...]:

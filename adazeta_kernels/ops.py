@@ -2,6 +2,8 @@
 
 Names of dimensions: P probes, T tokens per probe, d widths, r ranks, n numbers in theta, F factors per probe.
 Seeds name directions: `z(seed)` is the vector that docs/perturbation-spec.md defines, the same bits on every backend.
+Every op takes `backend`: "auto", "native", "triton" or "reference"; None asks the environment variable ADAZETA_BACKEND,
+then "auto". An unknown name is a ValueError, a named backend that cannot run the call a RuntimeError with the reason.
 Wrappers check types and turn lists into tensors; everything else is checked in `checks.py`, before anything is written.
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
@@ -45,7 +47,6 @@ def fill_normal_(
         seed: names the direction, 0 <= seed < 2**64.
         offset: index of the first element, in elements.
         distribution: "gaussian" (|z| <= 5.77) or "rademacher" (-1 or 1).
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Returns:
         `out`.
@@ -54,7 +55,6 @@ def fill_normal_(
         TypeError: `out` is not a floating tensor of a dtype above, `seed` or `offset` is no integer.
         ValueError: `out` is not contiguous or requires grad in grad mode, `seed` or `offset` is out of range, an
             unknown distribution or backend.
-        RuntimeError: the named backend cannot run here.
 
     Numerics:
         float32 bits are the specification's on every backend; bfloat16 and float16 are those rounded once, to nearest
@@ -107,14 +107,12 @@ def perturb_(
         offset: index in the direction of the first element of the first tensor, in elements.
         decay: factor on theta; 1 leaves it exact.
         distribution: "gaussian" or "rademacher".
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Raises:
         TypeError: `params` is no list of tensors of a dtype above; seeds, scales, offset or decay of a wrong type.
         ValueError: an empty list; a tensor that is not contiguous, shares memory, lies on another device, or requires
             grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or decay
-            that is not finite; an unknown distribution or backend.
-        RuntimeError: the named backend cannot run here.
+            that is not finite; an unknown distribution.
 
     Numerics:
         The sum is a chain of fused multiply-adds in float32, in the order of the list, rounded once to the dtype.
@@ -180,7 +178,6 @@ def tt_factors(
         scales: P numbers or a float32 tensor `(P,)` on the CPU; 0 evaluates theta itself.
         offset: index in the direction of `theta[0]`, in elements.
         distribution: "gaussian" or "rademacher".
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Returns:
         `(P, F)` with F = `layout.factor_numel`, dtype of theta; `layout.split_factors` cuts it into L1, R1, b1, L2, R2, b2.
@@ -188,8 +185,7 @@ def tt_factors(
     Raises:
         TypeError: wrong dtype of theta, seeds or scales, or `layout` is no TTAdapterLayout.
         ValueError: theta of another length, no seeds, as many seeds as scales are not given, a seed or offset out of
-            range, a scale that is not finite, an unknown distribution or backend.
-        RuntimeError: the named backend cannot run here.
+            range, a scale that is not finite, an unknown distribution.
 
     Numerics:
         theta_p has the bits that `perturb_` would write. Contraction in float32 without rounding in between; the result
@@ -199,23 +195,23 @@ def tt_factors(
     Source: AdaZeta (arXiv 2406.18060), section 3 and equation of the tensorized linear layer.
     """
     checks.is_tensor("tt_factors", "theta", theta)
-    _is_layout("tt_factors", layout)
+    checks.is_layout("tt_factors", layout)
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
     offset = checks.offset("tt_factors", offset)
-    if torch.is_grad_enabled() and theta.requires_grad:
+    if dispatch.any_requires_grad(theta):
         _tt_factors_fake(theta, layout._encoded, seeds, scales, offset, distribution, backend)
         checks.finite_scales("tt_factors", scales)
-        run = _differentiable("tt_factors", backend)
+        run = dispatch.differentiable("tt_factors", backend)
         return run(theta, layout, seeds, scales, offset, distribution)
-    code = layout._encoded
-    return torch.ops.adazeta.tt_factors.default(theta, code, seeds, scales, offset, distribution, backend)
+    args = (theta, layout._encoded, seeds, scales, offset, distribution, backend)
+    return torch.ops.adazeta.tt_factors.default(*args)
 
 
 def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
     layout = _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
     checks.finite_scales("tt_factors", scales)
     run = dispatch.select("tt_factors", backend, theta.device, theta.dtype)
-    if run.__module__ == _REFERENCE and theta.dtype == torch.float32:
+    if run is dispatch.reference("tt_factors"):
         # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
         return run(theta, layout, seeds, scales, offset, distribution, rows)
@@ -262,15 +258,13 @@ def tt_adapter(
         layout: the layout that made the factors.
         act: relu, gelu (exact, with erf), silu, tanh or identity.
         scale: factor on the adapter's output, without unit.
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Returns:
         `(P, T, d)`, contiguous, dtype of x.
 
     Raises:
         TypeError: wrong dtype of x or factors, or `layout` is no TTAdapterLayout.
-        ValueError: wrong shape or device, a scale that is not finite, an unknown act or backend.
-        RuntimeError: the named backend cannot run here.
+        ValueError: wrong shape or device, a scale that is not finite, an unknown act.
 
     Numerics:
         Products and activation in float32 (float64 for float64 x), the result rounded once to the dtype of x. Error
@@ -280,11 +274,11 @@ def tt_adapter(
     """
     checks.is_tensor("tt_adapter", "x", x)
     checks.is_tensor("tt_adapter", "factors", factors)
-    _is_layout("tt_adapter", layout)
+    checks.is_layout("tt_adapter", layout)
     scale = checks.finite("tt_adapter", "scale", scale)
-    if torch.is_grad_enabled() and (x.requires_grad or factors.requires_grad):
+    if dispatch.any_requires_grad(x, factors):
         _tt_adapter_fake(x, factors, layout._encoded, act, scale, backend)
-        return _differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
+        return dispatch.differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
     return torch.ops.adazeta.tt_adapter.default(x, factors, layout._encoded, act, scale, backend)
 
 
@@ -330,15 +324,13 @@ def tt_linear(
         L: `(P, d_in, r)`, float32 (float64 too where x is).
         R: `(P, r, d_out)`, dtype as L.
         bias: `(P, d_out)` or None, dtype as L.
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Returns:
         `(P, T, d_out)`, contiguous, dtype of x.
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shape or device, or an unknown backend.
-        RuntimeError: the named backend cannot run here.
+        ValueError: wrong shape or device.
 
     Numerics:
         As `tt_adapter`.
@@ -349,9 +341,9 @@ def tt_linear(
         checks.is_tensor("tt_linear", name, value)
     if bias is not None:
         checks.is_tensor("tt_linear", "bias", bias)
-    if _any_requires_grad(x, L, R, bias):
+    if dispatch.any_requires_grad(x, L, R, bias):
         checks.tt_linear(x, L, R, bias)
-        return _differentiable("tt_linear", backend)(x, L, R, bias)
+        return dispatch.differentiable("tt_linear", backend)(x, L, R, bias)
     return torch.ops.adazeta.tt_linear.default(x, L, R, bias, backend)
 
 
@@ -391,15 +383,13 @@ def low_rank_linear(
         A: `(P, d_in, r)`, float32 (float64 too where x is).
         B: `(P, r, d_out)`, dtype as A.
         scale: factor on the low-rank part, without unit.
-        backend: auto, native, triton or reference; None asks ADAZETA_BACKEND, then auto.
 
     Returns:
         `(P, T, d_out)`, contiguous, dtype of x.
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shape or device, a scale that is not finite, or an unknown backend.
-        RuntimeError: the named backend cannot run here.
+        ValueError: wrong shape or device, or a scale that is not finite.
 
     Numerics:
         As `tt_adapter`; base is added before the one rounding.
@@ -409,9 +399,9 @@ def low_rank_linear(
     for name, value in (("x", x), ("base", base), ("A", A), ("B", B)):
         checks.is_tensor("low_rank_linear", name, value)
     scale = checks.finite("low_rank_linear", "scale", scale)
-    if _any_requires_grad(x, base, A, B):
+    if dispatch.any_requires_grad(x, base, A, B):
         checks.low_rank_linear(x, base, A, B)
-        return _differentiable("low_rank_linear", backend)(x, base, A, B, scale)
+        return dispatch.differentiable("low_rank_linear", backend)(x, base, A, B, scale)
     return torch.ops.adazeta.low_rank_linear.default(x, base, A, B, scale, backend)
 
 
@@ -431,25 +421,3 @@ _register(
     _low_rank_linear,
     _low_rank_linear_fake,
 )
-
-_REFERENCE = "adazeta_kernels.backends.reference.tt"
-
-
-def _is_layout(op, layout):
-    if not isinstance(layout, TTAdapterLayout):
-        raise TypeError(f"{op}: layout must be a TTAdapterLayout, got {type(layout).__name__}")
-
-
-def _any_requires_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _differentiable(op, backend):
-    """The reference function of `op`, for inputs that require grad."""
-    name = dispatch.requested(backend)
-    if name not in ("auto", "reference"):
-        raise RuntimeError(
-            f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
-            "under torch.no_grad() or with backend='reference'"
-        )
-    return dispatch.reference(op)

@@ -60,28 +60,25 @@ def contract_cores(rows: torch.Tensor, layout: TTAdapterLayout) -> torch.Tensor:
     Returns:
         `(P, layout.factor_numel)`, cut by `layout.split_factors`.
     """
-    blocks, offset = [], 0
+    parts = iter(layout.split_theta(rows))
+    blocks = []
     for shape in (layout.down, layout.up):
         half = len(shape.in_factors)
-        left, offset = _chain(rows, offset, shape.core_shapes[:half])
-        right, offset = _chain(rows, offset, shape.core_shapes[half:])
-        blocks += [left, right]
+        cores = [next(parts) for _ in shape.core_shapes]
+        blocks += [_chain(cores[:half]), _chain(cores[half:])]
         if layout.bias:
-            blocks.append(rows[:, offset : offset + shape.d_out])
-            offset += shape.d_out
+            blocks.append(next(parts))
     return torch.cat(blocks, dim=1)
 
 
-def _chain(rows, offset, core_shapes):
-    """Contract neighbouring cores from the left: `(P, r_left * n1 * .. * nk * r_right)`, and where the next block starts."""
-    out = None
-    for left, n, right in core_shapes:
-        size = left * n * right
-        core = rows[:, offset : offset + size].unflatten(1, (left, n * right))
-        offset += size
-        # [P, r_first * n1 * .. , left] @ [P, left, n * right]
-        out = core if out is None else torch.bmm(out.reshape(len(rows), -1, left), core)
-    return out.reshape(len(rows), -1), offset
+def _chain(cores):
+    """Contract neighbouring cores `(P, r_left, n, r_right)` from the left: `(P, r_first * n_1 * .. * n_k * r_last)`."""
+    probes, out = len(cores[0]), cores[0]
+    for core in cores[1:]:
+        left = core.shape[1]
+        # [P, r_first n_1 .., left] @ [P, left, n r_right]
+        out = torch.bmm(out.reshape(probes, -1, left), core.reshape(probes, left, -1))
+    return out.reshape(probes, -1)
 
 
 def tt_adapter(x, factors, layout, act, scale):
@@ -92,17 +89,23 @@ def tt_adapter(x, factors, layout, act, scale):
 
 
 def apply_adapter(x, factors, layout, act="relu", scale=1.0):
-    """Apply one adapter at every probe: `x (P, T, d)` fp32 or fp64, `factors (P, F)` from `contract_cores`."""
+    """Apply one adapter at every probe: `x (P, T, d)` fp32 or fp64, `factors (P, F)` from `contract_cores`.
+
+    Of the size of x only the result is allocated.
+    """
     down_l, down_r, up_l, up_r = layout.split_augmented(factors.to(x.dtype))
-    h = _times_augmented(torch.bmm(x, down_l), down_r)
-    h = torch.bmm(ACTIVATIONS[act](h), up_l)
-    y = _times_augmented(h * scale if scale != 1.0 else h, up_r, scale)
+    h = torch.bmm(x, down_l)  # [P, T, r1]
+    if layout.bias:
+        h = torch.baddbmm(down_r[:, -1:], h, down_r[:, :-1])
+    else:
+        h = torch.bmm(h, down_r)  # [P, T, b]
+    h = torch.bmm(ACTIVATIONS[act](h), up_l)  # [P, T, r2]
+    if scale != 1.0:
+        h = h * scale
+    if layout.bias:
+        h = F.pad(h, (0, 1), value=scale)  # a column for the bias row of up_r saves a pass over the result
+    y = torch.bmm(h, up_r)
     return y + x if _any_grad(y, x) else y.add_(x)
-
-
-def _times_augmented(h, weight, one=1.0):
-    """`[h, one] weight` where weight has a bias row, else `h weight`."""
-    return torch.bmm(F.pad(h, (0, 1), value=one) if weight.shape[1] > h.shape[2] else h, weight)
 
 
 def tt_linear(x, L, R, bias):
