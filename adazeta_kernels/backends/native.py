@@ -18,7 +18,7 @@ _OPS = ("fill_normal_", "perturb_", "perturb_rows")
 def unavailable() -> str | None:
     """None, or why the extension module does not load."""
     if _native is None:
-        return f"the extension module adazeta_kernels._native does not load ({_IMPORT_ERROR}); build it by `pip install -e .`"
+        return f"the extension module _native does not load ({_IMPORT_ERROR}); build it by `pip install -e .`"
     return None
 
 

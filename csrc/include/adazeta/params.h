@@ -5,15 +5,6 @@
 
 namespace adazeta {
 
-enum class Status : int32_t {
-  kOk = 0,
-  kUnknownDtype,
-  kUnknownDistribution,
-  kUnsupportedLevel,
-  kBadThreadCount,
-  kBadSize,
-};
-
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1 };
