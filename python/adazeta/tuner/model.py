@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
@@ -86,16 +87,29 @@ class TTModel(BaseTuner):
         if all(p.device.type != "meta" for p in self._parameters_of(adapter_name)):
             self.theta(adapter_name)
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # TTConfig.bias speaks of the adapters' own biases; PEFT's `bias` speaks of the base model's, which stay frozen.
+    @contextmanager
+    def _no_base_biases(self):
+        """Tell PEFT that the base model's biases stay frozen: its ``bias`` speaks of those, ours of the adapters' own."""
         biases = {name: config.bias for name, config in self.peft_config.items()}
         try:
             for config in self.peft_config.values():
                 config.bias = "none"
-            super()._mark_only_adapters_as_trainable(model)
+            yield
         finally:
-            for name, config in self.peft_config.items():
-                config.bias = biases[name]
+            for name, bias in biases.items():
+                self.peft_config[name].bias = bias
+
+    def _check_new_adapter_config(self, config: TTConfig) -> None:
+        with self._no_base_biases():
+            super()._check_new_adapter_config(config)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        with self._no_base_biases():
+            super()._mark_only_adapters_as_trainable(model)
+
+    def disable_adapter_layers(self) -> None:
+        with self._no_base_biases():
+            super().disable_adapter_layers()
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model, state_dict, config):

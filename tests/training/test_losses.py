@@ -1,0 +1,151 @@
+"""Losses from hidden states at scored positions, against full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import lm_batch, tiny_llama
+
+from adazeta.errors import UserError
+from adazeta.evaluate import evaluate_classification
+from adazeta.losses import LabelWords, causal_lm_loss, head_logits
+
+
+class Words:
+    """A tokenizer that knows a few words: all that LabelWords asks for."""
+
+    pad_token_id = 0
+    table = {"good": [5], "bad": [9], "very good": [5, 6], "not so bad": [7, 8, 9], "empty": []}
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return self.table[text]
+
+
+def prompts(rows=5, seed=1):
+    batch = lm_batch(rows, seed=seed)
+    batch["labels"] = torch.arange(rows) % 2
+    return batch
+
+
+def log_probability(model, prompt, word):
+    """log p(word | prompt) from the logits of all words at all positions."""
+    ids = torch.cat([prompt, torch.tensor(word)])
+    logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) - 1 + k, token] for k, token in enumerate(word))
+
+
+@pytest.mark.parametrize("words", [["good", "bad"], ["good", "not so bad"], ["very good", "not so bad", "bad"]])
+@pytest.mark.parametrize("left", [False, True])
+@torch.no_grad()
+def test_label_words_equal_full_logits(words, left):
+    model, batch = tiny_llama(), prompts()
+    if left:  # move the padding to the left
+        for row in range(5):
+            length = int(batch["attention_mask"][row].sum())
+            for key in ("input_ids", "attention_mask"):
+                batch[key][row] = batch[key][row].roll(batch[key].shape[1] - length)
+    loss = LabelWords(Words(), words)
+    reference = torch.empty(5, len(words))
+    for row in range(5):
+        prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        for c, word in enumerate(words):
+            reference[row, c] = log_probability(model, prompt, Words.table[word])
+    scores = loss.scores(model, batch)
+    torch.testing.assert_close(scores.log_softmax(1), reference.log_softmax(1), atol=2e-5, rtol=0)
+    if loss.rows_per_example > 1:
+        torch.testing.assert_close(scores, reference, atol=2e-5, rtol=0)
+    expected = F.cross_entropy(reference, batch["labels"], reduction="none")
+    torch.testing.assert_close(loss(model, batch), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_causal_lm_loss_equals_the_models_own():
+    model, batch = tiny_llama(), lm_batch(6)
+    expected = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(6)]
+    torch.testing.assert_close(causal_lm_loss(model, batch), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_no_full_vocabulary_logits():
+    """The head sees 2 words at B positions for label words, and only the scored positions otherwise."""
+    model, batch = tiny_llama(), prompts()
+    sizes = []
+    original = F.linear
+
+    def record(x, weight, bias=None):
+        sizes.append((x.numel() // x.shape[-1], weight.shape[0]))
+        return original(x, weight, bias)
+
+    torch.nn.functional.linear = record
+    try:
+        LabelWords(Words(), ["good", "bad"])(model, batch)
+        assert sizes[-1] == (5, 2)
+        lm = lm_batch(6)
+        causal_lm_loss(model, lm)
+        assert sizes[-1] == (int((lm["labels"][:, 1:] != -100).sum()), 64)
+    finally:
+        torch.nn.functional.linear = original
+    assert all(width != 64 for _, width in sizes[:-1])
+
+
+@torch.no_grad()
+def test_soft_capping_and_scaling_are_the_models():
+    model = tiny_llama()
+    hidden = torch.randn(3, 32)
+    plain = head_logits(model, hidden)
+    model.config.final_logit_softcapping = 0.01
+    torch.testing.assert_close(head_logits(model, hidden), 0.01 * torch.tanh(plain / 0.01))
+    model.config.final_logit_softcapping, model.config.logits_scaling = None, 8.0
+    torch.testing.assert_close(head_logits(model, hidden, torch.tensor([3, 1])), plain[:, [3, 1]] / 8)
+
+
+@torch.no_grad()
+def test_bfloat16_model_gives_float32_losses_that_tell_probes_apart():
+    model, batch = tiny_llama().bfloat16(), prompts()
+    losses = LabelWords(Words(), ["good", "bad"])(model, batch)
+    assert losses.dtype == torch.float32
+    assert not torch.equal(losses, losses.bfloat16().float())
+
+
+def test_evaluate_keeps_the_order_of_the_dataset():
+    model = tiny_llama()
+    batch = prompts(7)
+    data = [
+        {"input_ids": batch["input_ids"][i][: int(batch["attention_mask"][i].sum())].tolist(), "labels": i % 2}
+        for i in range(7)
+    ]
+
+    def collate(examples):
+        width = max(len(e["input_ids"]) for e in examples)
+        ids = torch.tensor([e["input_ids"] + [0] * (width - len(e["input_ids"])) for e in examples])
+        mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e["labels"] for e in examples])}
+
+    words, done = LabelWords(Words(), ["good", "bad"]), []
+    result = evaluate_classification(model, words, data, collate, batch_size=3, progress=done.append)
+    with torch.no_grad():
+        scores = words.scores(model, collate(data))
+    assert result["predictions"] == scores.argmax(1).tolist() and sum(done) == 7
+    assert result["loss"] == pytest.approx(float(F.cross_entropy(scores, batch["labels"])), abs=1e-5)
+    with pytest.raises(UserError, match="empty"):
+        evaluate_classification(model, words, [], collate)
+
+
+@pytest.mark.parametrize(
+    "words, match", [(["good"], "at least two"), (["good", "good"], "differ"), (["good", "empty"], "no tokens")]
+)
+def test_bad_label_words(words, match):
+    with pytest.raises(ValueError, match=match):
+        LabelWords(Words(), words)
+
+
+def test_a_row_without_scored_token():
+    batch = lm_batch(2)
+    batch["labels"][1] = -100
+    with pytest.raises(ValueError, match="at least one label"):
+        causal_lm_loss(tiny_llama(), batch)
+
+
+def test_a_model_without_a_head():
+    with pytest.raises(ValueError, match="head"):
+        LabelWords(Words(), ["good", "bad"])(tiny_llama().model, prompts())

@@ -1,0 +1,159 @@
+"""Batched evaluation against one probe at a time, in place, and dense matrices in float64."""
+
+import pytest
+import torch
+from tiny import dense_float64, lm_batch, tiny_adapted
+
+from adazeta.losses import causal_lm_loss
+from adazeta.probes import Plan, batch_size, default_probes_per_forward, evaluate_probes, take_rows
+from adazeta_kernels import perturb_
+
+SIGNS = (1.0, -1.0)
+
+
+def losses_of(model, plan, batch, **kwargs):
+    return evaluate_probes(
+        plan, batch, lambda rows: causal_lm_loss(model, rows), tt_model=model.base_model, **kwargs
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+def test_batched_equals_one_by_one(groups, limit):
+    model = tiny_adapted(noise=0.2)
+    batch = lm_batch(4)
+    seeds = list(range(10, 10 + 10 * groups))
+    plan = Plan(seeds, 0.05, SIGNS, groups, 4 // groups)
+    one = losses_of(model, plan, batch, probes_per_forward=1)
+    many = losses_of(model, plan, batch, probes_per_forward=limit)
+    assert one.shape == (groups, 10, 2, 4 // groups)
+    assert one.std() > 1e-3  # the probes do differ
+    torch.testing.assert_close(many, one, atol=1e-5, rtol=0)
+
+
+def test_twenty_probes_differ_by_less_than_1e_5_from_sequential():
+    model = tiny_adapted(noise=0.2)
+    plan = Plan(list(range(10)), 0.05, SIGNS, 1, 4)
+    a = losses_of(model, plan, lm_batch(4), probes_per_forward=20)
+    b = losses_of(model, plan, lm_batch(4), probes_per_forward=1, share_prefix=False)
+    assert (a - b).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("rows, tokens, probes", [(4, 7, 3), (1, 7, 1), (1, 2, 5), (2, 2, 1)])
+def test_virtual_probes_equal_dense_float64(rows, tokens, probes):
+    """1 probe, 1 example, and prompts with a single scored token: every shape equals the dense model in float64."""
+    model = tiny_adapted(noise=0.2)
+    batch = lm_batch(rows, tokens)
+    seeds = list(range(probes))
+    plan = Plan(seeds, 0.05, (1.0,), 1, rows)
+    losses = losses_of(model, plan, batch)[0, :, 0]
+    theta = model.base_model.theta()
+    for seed, row in zip(seeds, losses):
+        moved = theta.clone()
+        perturb_([moved], [seed], [0.05])
+        dense = dense_float64(model, moved)
+        torch.testing.assert_close(row, causal_lm_loss(dense, batch), atol=2e-6, rtol=0)
+
+
+def test_virtual_equals_in_place():
+    model = tiny_adapted(noise=0.2)
+    batch = lm_batch(4)
+    plan = Plan([5, 6, 7], 0.05, SIGNS, 1, 4)
+    virtual = losses_of(model, plan, batch)
+    in_place = evaluate_probes(
+        plan, batch, lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()]
+    )
+    torch.testing.assert_close(virtual, in_place, atol=2e-6, rtol=0)
+
+
+def test_estimating_changes_no_byte_of_theta_or_state_dict():
+    model = tiny_adapted(noise=0.2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = Plan([1, 2], 0.3, SIGNS, 2, 2)
+    losses_of(model, plan, lm_batch(4))
+    evaluate_probes(
+        plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()]
+    )
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_in_place_is_undone_when_the_loss_fails():
+    model = tiny_adapted()
+    theta = model.base_model.theta()
+    before = theta.clone()
+
+    def fail(rows):
+        assert not torch.equal(theta, before)
+        raise KeyError("loss")
+
+    with pytest.raises(KeyError):
+        evaluate_probes(Plan([1], 0.1, SIGNS, 1, 4), lm_batch(4), fail, in_place=[theta])
+    assert torch.equal(theta, before)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_blocks_below_the_first_adapter_run_once_per_example(first):
+    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=list(range(first, 3)))
+    batch = lm_batch(4)
+    plan = Plan(list(range(5)), 0.05, SIGNS, 1, 4)
+    rows_seen = []
+    blocks = model.base_model.model.model.layers
+    hooks = [b.mlp.register_forward_pre_hook(lambda m, a: rows_seen.append(a[0].shape[0])) for b in blocks]
+    shared = losses_of(model, plan, batch, probes_per_forward=10)
+    assert rows_seen == [4] * first + [40] * (3 - first)
+    for hook in hooks:
+        hook.remove()
+    plain = losses_of(model, plan, batch, probes_per_forward=10, share_prefix=False)
+    torch.testing.assert_close(shared, plain, atol=2e-6, rtol=0)
+
+
+def test_shared_prefix_with_a_direction_per_example_and_left_padding():
+    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=[2])
+    batch = {k: v.flip(1) for k, v in lm_batch(4).items()}  # padding on the left: the mask is needed
+    plan = Plan(list(range(8)), 0.05, SIGNS, 4, 1)
+    shared = losses_of(model, plan, batch, probes_per_forward=6)
+    plain = losses_of(model, plan, batch, probes_per_forward=1, share_prefix=False)
+    torch.testing.assert_close(shared, plain, atol=2e-6, rtol=0)
+
+
+def test_plan_names_seed_scale_and_rows():
+    plan = Plan([10, 11, 20, 21], 0.5, SIGNS, 2, 3)
+    assert len(plan) == 8 and plan.rows == 24
+    assert plan.probe(0) == (10, 0.5, range(0, 3))
+    assert plan.probe(3) == (11, -0.5, range(0, 3))
+    assert plan.probe(6) == (21, 0.5, range(3, 6))
+
+
+def test_default_limit_keeps_whole_groups():
+    plan = Plan(list(range(16)), 0.5, SIGNS, 8, 1)  # 4 probes per group
+    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 100, dtype=torch.long)}) == 8
+    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}) == 1
+
+
+def test_batch_helpers():
+    batch = {"a": torch.arange(3), "b": torch.ones(3, 2), "name": "x"}
+    assert batch_size(batch) == 3
+    taken = take_rows(batch, torch.tensor([2, 0]))
+    assert taken["a"].tolist() == [2, 0] and taken["name"] == "x"
+
+
+@pytest.mark.parametrize(
+    "batch, match",
+    [
+        ({}, "no tensor"),
+        ({"a": torch.zeros(0, 2)}, "empty"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, "disagree"),
+    ],
+)
+def test_bad_batches(batch, match):
+    with pytest.raises(ValueError, match=match):
+        batch_size(batch)
+
+
+def test_a_loss_that_averages_is_refused():
+    model = tiny_adapted()
+    plan = Plan([1], 0.1, SIGNS, 1, 4)
+    with pytest.raises(ValueError, match="one loss per row"):
+        evaluate_probes(plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows).mean(), tt_model=model.base_model)
