@@ -202,9 +202,10 @@ class Prompts(Sequence):
     def __getitem__(self, index):
         return self._rows[index]
 
-    def longest(self, count: int) -> list[dict]:
-        """Return the ``count`` longest rows: the batch that needs the most memory."""
-        return sorted(self._rows, key=lambda row: len(row["input_ids"]), reverse=True)[:count]
+    def by_length(self) -> Prompts:
+        """Return the same rows, longest first: batches then hold little padding, and the first needs most memory."""
+        rows = sorted(self._rows, key=lambda row: len(row["input_ids"]), reverse=True)
+        return Prompts([row["input_ids"] for row in rows], [row["labels"] for row in rows])
 
 
 class RightPad:

@@ -12,6 +12,7 @@ MIB = 1 << 20
 
 def resident_bytes() -> int | None:
     """Return the resident set of this process in bytes, or None where the system does not tell (not Linux)."""
+    _trim()
     return _status("VmRSS:")
 
 
@@ -25,7 +26,7 @@ class Peak:
     bytes: int = 0
     exact: bool = False
 
-    def __enter__(self) -> Peak:
+    def __enter__(self):
         _trim()
         try:
             Path("/proc/self/clear_refs").write_text("5")

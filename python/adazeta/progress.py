@@ -27,7 +27,8 @@ def progress_bar(total: int, label: str, unit: str, *, leave: bool = True) -> tq
         leave=leave,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]",
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} "
+        "[{elapsed}, {remaining} left{postfix}]",
         file=sys.stderr,
     )
 
@@ -84,23 +85,23 @@ class MetricsFile(TrainerCallback):
 
     Train lines: ``{"kind": "train", "step", "rows", "seconds", "loss", "queries", "rows_per_s", ...}``;
     dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy"}``. ``rows`` counts forward rows of
-    training so far, ``seconds`` the time since training began (resumed runs go on from the last line).
+    training so far, ``seconds`` the time since training began, evaluations left out (a resumed run goes on counting).
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.rows = 0
         self.seconds = 0.0
-        self._start = 0.0
+        self.dev: dict[str, float] = {}
+        self._since = 0.0
         self._stream = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = (
-            [line for line in read_metrics(self.path) if line["step"] <= state.global_step] if state.global_step else []
-        )
+        step = state.global_step
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         if kept:
             self.rows, self.seconds = kept[-1]["rows"], kept[-1]["seconds"]
-        self._start = time.monotonic() - self.seconds
+        self._since = time.monotonic()
         with disk_errors(self.path):
             self._stream = self.path.open("w", encoding="utf-8")
             for line in kept:
@@ -116,20 +117,18 @@ class MetricsFile(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self._stream is None:
             return
-        values = {
-            name.removeprefix("eval_"): value
-            for name, value in (metrics or {}).items()
-            if name in ("eval_loss", "eval_accuracy")
-        }
-        self._write({**self._head("dev", state), **values})
+        self._since += (metrics or {}).get("eval_runtime", 0.0)
+        self.dev = {name: metrics[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in (metrics or {})}
+        self._write({**self._head("dev", state), **self.dev})
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.monotonic() - self._start
         self._stream.close()
         self._stream = None
 
     def _head(self, kind: str, state) -> dict:
-        self.seconds = time.monotonic() - self._start
+        now = time.monotonic()
+        self.seconds += max(0.0, now - self._since)
+        self._since = max(now, self._since)
         return {"kind": kind, "step": state.global_step, "rows": self.rows, "seconds": round(self.seconds, 3)}
 
     def _write(self, line: dict) -> None:
@@ -150,10 +149,11 @@ class Limits(TrainerCallback):
     """End training after ``rows`` forward rows or ``minutes``; on the first Ctrl-C save a checkpoint and stop.
 
     A limit ends the run as if its steps were done; after Ctrl-C ``interrupted`` is True and the run can be resumed.
+    The last step is evaluated whatever the interval, if ``evaluate``.
     """
 
-    def __init__(self, rows: int | None = None, minutes: float | None = None):
-        self.rows, self.minutes = rows, minutes
+    def __init__(self, rows: int | None = None, minutes: float | None = None, *, evaluate: bool = True):
+        self.rows, self.minutes, self.evaluate = rows, minutes, evaluate
         self.interrupted = False
         self._start = 0.0
         self._previous = None
@@ -171,12 +171,18 @@ class Limits(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-        if self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes:
-            control.should_training_stop = True
+            return
+        late = self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes
+        if late or state.global_step >= state.max_steps:
+            self._end(control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.rows is not None and (logs or {}).get("rows", 0) >= self.rows:
-            control.should_training_stop = True
+            self._end(control)
+
+    def _end(self, control) -> None:
+        control.should_training_stop = True
+        control.should_evaluate = control.should_evaluate or self.evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._previous is not None and not self.interrupted:

@@ -1,0 +1,264 @@
+"""The ``adazeta`` command: train, eval, predict, info, replay, demo, fetch.
+
+torch and transformers are imported by the commands, so that help is there at once. What a person can put right is one
+line on stderr and exit status 2; results go to stdout, progress and notes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from adazeta import __version__
+from adazeta.errors import UserError
+from adazeta.options import (
+    ADAPTER,
+    DATA,
+    GROUPS,
+    METHOD,
+    MODEL,
+    TASK,
+    TRAIN,
+    TRAINING,
+    add_options,
+    resolve,
+)
+from adazeta.presets import PRESETS
+
+INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return the exit status: 0, 1 (a replay that differs), 2 (an error), 130 (Ctrl-C)."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.run is None:
+        parser.print_help()
+        return FAILED
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing is looked up by name
+    try:
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"adazeta: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("adazeta: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="adazeta", description="Fine-tune language models by forward passes alone.")
+    parser.add_argument("--version", action="version", version=f"adazeta {__version__}")
+    parser.set_defaults(run=None, debug=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "train an adapter for text classification by label words")
+    _add_run_flags(train, "runs/train")
+    train.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
+    train.add_argument("--test", action="store_true", help="measure the test split before and after (default: off)")
+    add_options(train, GROUPS)
+
+    evaluate = _command(commands, "eval", _eval, "accuracy and loss of a run or of a base model")
+    evaluate.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
+    evaluate.add_argument("--split", default="test", help="train, dev, test or all; of a file: all (default: test)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="first N examples of the split (default: all)")
+    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples a forward (default: 32)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    add_options(evaluate, {"model": MODEL[1:], "data": DATA, "task": TASK})
+
+    predict = _command(commands, "predict", _predict, "label and probabilities of texts")
+    predict.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
+    predict.add_argument("text", nargs="+", help="texts to label; '-' reads one a line from standard input")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a line (default: off)")
+    add_options(predict, {"model": MODEL[1:], "task": TASK})
+
+    info = _command(commands, "info", _info, "what a run, a model or a width holds: sizes, shapes, sites")
+    info.add_argument("name", metavar="WHAT", help="run folder, base model folder, 'smollm2', or a width such as 4096")
+    info.add_argument("--rank", type=int, default=5, metavar="N", help="TT rank, for a width or model (default: 5)")
+    info.add_argument(
+        "--bottleneck", type=int, default=64, metavar="N", help="adapter bottleneck, for a width or model (default: 64)"
+    )
+
+    replay = _command(commands, "replay", _replay, "rebuild a run's adapter from its journal and compare, bit for bit")
+    replay.add_argument("name", metavar="RUN", help="run folder")
+    replay.add_argument("--write", action="store_true", help="write the rebuilt adapter into the run (default: off)")
+
+    demo = _command(commands, "demo", _demo, "fetch model and data, fine-tune, and show what came of it")
+    _add_run_flags(demo, "runs/demo", overwrite=True)
+    add_options(demo, {"adapter": ADAPTER, "zeroth-order method": METHOD, "training": TRAINING})
+
+    _command(commands, "fetch", _fetch, "fetch and check the demo's model and data")
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from (default: off)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, output: str, *, overwrite: bool = False) -> None:
+    parser.add_argument("--output", default=output, metavar="FOLDER", help=f"the run folder (default: {output})")
+    parser.add_argument("--preset", default="default", choices=list(PRESETS), help="named settings (default: default)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
+    parser.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=overwrite,
+        help=f"replace an earlier run, once this one is whole (default: {'on' if overwrite else 'off'})",
+    )
+
+
+def say(line: str) -> None:
+    """Print a note to stderr, where progress goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notes off the terminal."""
+    import warnings
+
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+
+
+def _train(arguments) -> int:
+    return _run_training(arguments, test=arguments.test, config=arguments.config)
+
+
+def _demo(arguments) -> int:
+    return _run_training(arguments, test=True, config=None)
+
+
+def _run_training(arguments, *, test: bool, config: str | None) -> int:
+    from adazeta.runs import CARD, read_json
+
+    output = Path(arguments.output)
+    partial = output.with_name(f"{output.name}.partial")
+    stored, preset = None, arguments.preset
+    if arguments.resume and (partial / CARD).is_file():
+        card = read_json(partial / CARD)
+        stored, preset = card.get("settings"), card.get("preset", preset)
+    settings = resolve(vars(arguments), TRAIN, preset=preset, config=config, stored=stored)
+
+    from adazeta.demo import closing_table
+    from adazeta.training import Interrupted, train
+
+    _quiet()
+    flags = {"resume": arguments.resume, "overwrite": arguments.overwrite, "test": test, "say": say}
+    try:
+        summary = train(settings, preset, output, **flags)
+    except Interrupted:
+        say(f"stopped; `{Path(sys.argv[0]).name} ... --output {output} --resume` goes on from here")
+        return INTERRUPTED
+    print(closing_table(summary))
+    print(f'\nwritten to {output}; ask it: adazeta predict {output} "a warm, funny, engaging film"')
+    return 0
+
+
+def _open(arguments):
+    """Open what an eval or predict command names; task flags override the run's own task."""
+    from adazeta.runs import Classifier, is_run, read_card
+    from adazeta.tasks import LabelWordTask
+
+    _quiet()
+    given = {option.key for option in TASK if hasattr(arguments, option.key)}
+    values = resolve(vars(arguments), [*MODEL[1:], *TASK])
+    task = None
+    if given:
+        own = read_card(arguments.name)["task"] if is_run(arguments.name) else {}
+        merged = {**values, **{key: value for key, value in own.items() if key not in given}}
+        task = LabelWordTask.from_dict(merged)
+    if values["threads"]:
+        import torch
+
+        torch.set_num_threads(values["threads"])
+    dtype = values["dtype"] if hasattr(arguments, "dtype") else None
+    return Classifier.open(arguments.name, task=task, dtype=dtype, say=say)
+
+
+def _eval(arguments) -> int:
+    from adazeta.data import SPLITS, load_splits, read_examples
+    from adazeta.progress import progress_bar
+
+    values = resolve(vars(arguments), DATA)
+    if arguments.split not in (*SPLITS, "all"):
+        raise UserError(f"--split: expected one of {', '.join(SPLITS)} or all, got {arguments.split!r}")
+    classifier = _open(arguments)
+    labels = classifier.task.labels
+    if values["data"] == "movies":
+        splits = load_splits("movies", labels=labels, say=say)
+        wanted = SPLITS if arguments.split == "all" else (arguments.split,)
+        examples = [example for name in wanted for example in splits[name]]
+        what = f"movies, {arguments.split}"
+    else:
+        columns = {"text_column": values["text_column"], "label_column": values["label_column"]}
+        examples, what = read_examples(values["data"], labels=labels, **columns), values["data"]
+    examples = examples[: arguments.limit]
+    with progress_bar(len(examples), "eval", "rows") as bar:
+        result = classifier.evaluate(examples, batch_size=arguments.batch_size, progress=bar.update)
+    if arguments.json:
+        numbers = {key: result[key] for key in ("accuracy", "loss")}
+        print(json.dumps({"name": arguments.name, "data": what, "examples": len(examples), **numbers}))
+    else:
+        print(f"accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}  ({len(examples):,} examples of {what})")
+    return 0
+
+
+def _predict(arguments) -> int:
+    texts = []
+    for text in arguments.text:
+        texts += [line.strip() for line in sys.stdin if line.strip()] if text == "-" else [text.strip()]
+    if not texts or not all(texts):
+        raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
+    classifier = _open(arguments)
+    labels = classifier.task.labels
+    for text, probabilities in zip(texts, classifier.probabilities(texts)):
+        best = max(range(len(labels)), key=probabilities.__getitem__)
+        if arguments.json:
+            by_label = dict(zip(labels, probabilities))
+            print(json.dumps({"text": text, "label": labels[best], "probabilities": by_label}, ensure_ascii=False))
+        else:
+            others = "  ".join(f"{label} {p:.3f}" for label, p in zip(labels, probabilities))
+            print(f"{labels[best]}  ({others})  {text}")
+    return 0
+
+
+def _info(arguments) -> int:
+    from adazeta.info import describe
+
+    print(describe(arguments.name, rank=arguments.rank, bottleneck=arguments.bottleneck, say=say))
+    return 0
+
+
+def _replay(arguments) -> int:
+    from adazeta.info import replay_run
+
+    line, same = replay_run(Path(arguments.name), write=arguments.write)
+    print(line)
+    return 0 if same else DIFFERENT
+
+
+def _fetch(arguments) -> int:
+    from adazeta.assets import fetch_all
+
+    for name, path in fetch_all(say).items():
+        print(f"{name}: {path}")
+    return 0

@@ -1,0 +1,91 @@
+"""``adazeta demo``: SmolLM2-135M learns to judge movie sentences, by forward passes alone, and shows what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adazeta.memory import MIB, Peak
+from adazeta.report import before_after, facts, table, training_facts
+from adazeta.runs import Classifier
+
+
+def measure_memory(
+    classifier: Classifier, examples: Sequence, settings: Mapping[str, Any], preset: str, model_bytes: int
+) -> dict:
+    """Compare the peak memory of one estimate with that of a frozen forward of the same rows.
+
+    The batch is made of the longest prompts. Both are run once before they are measured, so that buffers which stay
+    are counted in neither; ``theta`` is not touched.
+
+    Args:
+        model_bytes: resident memory with the model loaded and nothing run yet.
+
+    Returns:
+        Bytes above the loaded model: ``frozen_bytes``, ``estimate_bytes``, ``over_frozen_bytes`` (their difference),
+        ``allowed_bytes`` (5 % of the frozen peak, plus 16 MiB); and whether the numbers are ``exact``.
+    """
+    import torch
+
+    from adazeta import ZerothOrder
+    from adazeta.training import zo_config
+
+    prompts = classifier.task.encode(classifier.tokenizer, examples).by_length()
+    device = next(classifier.model.parameters()).device
+    rows = [prompts[index] for index in range(min(len(prompts), settings["batch_size"]))]
+    batch = {name: tensor.to(device) for name, tensor in classifier.collator()(rows).items()}
+    loss = classifier.label_words()
+    forwards: list[dict] = []
+
+    def recording(model, inputs):
+        forwards.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return loss(model, inputs)
+
+    recording.rows_per_example = loss.rows_per_example
+    optimizer = ZerothOrder(classifier.model, **vars(zo_config(settings, preset)))
+    with torch.no_grad():
+        optimizer.estimate(recording, batch)
+
+        def frozen():
+            with classifier.model.disable_adapter():
+                for inputs in forwards:
+                    loss(classifier.model, inputs)
+
+        frozen()
+        with Peak() as frozen_peak:
+            frozen()
+        with Peak() as estimate_peak:
+            optimizer.zero_grad()
+            optimizer.estimate(loss, batch)
+        optimizer.zero_grad()
+    frozen_bytes = frozen_peak.bytes - model_bytes
+    estimate_bytes = estimate_peak.bytes - model_bytes
+    return {
+        "frozen_bytes": frozen_bytes,
+        "estimate_bytes": estimate_bytes,
+        "over_frozen_bytes": estimate_bytes - frozen_bytes,
+        "allowed_bytes": int(0.05 * frozen_bytes) + 16 * MIB,
+        "exact": frozen_peak.exact and estimate_peak.exact,
+    }
+
+
+def closing_table(summary: Mapping[str, Any]) -> str:
+    """Return what the demo ends with: accuracy and loss, cost, size, and a few sentences."""
+    count = summary["splits"]
+    rows = [
+        (f"{count[name]:,} {word} sentences", summary[name]["before"], summary[name]["after"])
+        for name, word in (("test", "held-out"), ("dev", "dev"))
+        if summary.get(name)
+    ]
+    parts = [before_after(rows)] if rows else []
+    parts.append(facts(training_facts(summary)))
+    if summary["sentences"]:
+        lines = [("held-out sentence", "truth", "before", "after")]
+        for entry in summary["sentences"]:
+            text = entry["text"] if len(entry["text"]) <= 72 else entry["text"][:69] + "..."
+            answers = [f"{entry[when]['label']} {entry[when]['probability']:.2f}" for when in ("before", "after")]
+            lines.append((text, entry["label"], *answers))
+        parts.append(
+            table(lines) + "\n(the first three sentences whose answer changed, then the first two whose did not)"
+        )
+    return "\n\n".join(parts)

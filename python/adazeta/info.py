@@ -1,0 +1,150 @@
+"""``adazeta info`` and ``adazeta replay``: what a run, a model or a width holds, read from files only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from adazeta.errors import UserError
+from adazeta.files import replacing
+from adazeta.report import adapter_size, before_after, facts
+from adazeta.runs import ADAPTER, CARD, SUMMARY, is_run, model_folder, read_card, read_json
+
+
+def describe(name: str, *, rank: int = 5, bottleneck: int = 64, say=lambda line: None) -> str:
+    """Return a description of a width (an integer), a run folder or a base model folder.
+
+    Args:
+        name: a width such as ``"4096"``, a folder, or ``"smollm2"``.
+        rank, bottleneck: the adapter whose shapes are told for a width or a base model.
+
+    Raises:
+        UserError: none of these, a damaged run, or a width that has no TT shape.
+    """
+    if name.isdigit():
+        return _layout(int(name), rank, bottleneck)
+    if Path(name).is_dir() and (is_run(name) or not (Path(name) / "config.json").is_file()):
+        return _describe_run(Path(name))
+    return _describe_model(name, rank, bottleneck, say)
+
+
+def _layout(width: int, rank: int, bottleneck: int) -> str:
+    from adazeta_kernels import TTAdapterLayout
+
+    try:
+        return TTAdapterLayout.auto(width, bottleneck, rank).describe()
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _describe_model(name: str, rank: int, bottleneck: int, say) -> str:
+    folder = model_folder(name, say)
+    config = read_json(folder / "config.json")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    lines = [
+        ("base model", str(folder)),
+        ("architecture", ", ".join(config.get("architectures") or [config.get("model_type", "unknown")])),
+        ("blocks", str(config.get("num_hidden_layers", "unknown"))),
+        ("width", str(config.get("hidden_size", "unknown"))),
+        ("vocabulary", f"{config.get('vocab_size', 0):,}"),
+        ("weights", f"{size / 1e6:,.1f} MB"),
+    ]
+    width = config.get("hidden_size")
+    return facts(lines) + (f"\n\n{_layout(width, rank, bottleneck)}" if isinstance(width, int) else "")
+
+
+def _describe_run(folder: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    card = read_card(folder)
+    adapter = read_json(folder / "adapter_config.json")
+    try:
+        size = adapter_size(folder)
+        with safe_open(folder / ADAPTER, framework="np") as stored:
+            names = list(stored.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / ADAPTER} is damaged or cut off: rebuild it with `adazeta replay {folder} --write`"
+        ) from error
+    sites = Counter(name.split(".")[-2] for name in names if name.endswith(".tt_theta"))
+    task = card["task"]
+    words = ", ".join(f"{label} ->{word}" for label, word in task["label_words"].items())
+    lines = [
+        ("run", str(folder)),
+        ("base model", card["base_model"]),
+        ("preset, seed", f"{card.get('preset')}, {card.get('settings', {}).get('seed')}"),
+        ("template", repr(task["template"])),
+        ("label words", words),
+        ("adapter", f"{size['numbers']:,} numbers in {size['tensors']} tensors, {size['file_bytes']:,} bytes"),
+        ("sites", ", ".join(f"{count} x {module}" for module, count in sorted(sites.items()))),
+        ("rank, bottleneck", f"{adapter.get('rank')}, {adapter.get('bottleneck')}"),
+        ("journal", f"{size['journal_bytes']:,} bytes"),
+    ]
+    text = facts(lines)
+    shapes = _shapes(folder)
+    if shapes:
+        text += "\n\n" + "\n".join(shapes)
+    if (folder / SUMMARY).is_file():
+        summary = read_json(folder / SUMMARY)
+        measured = [name for name in ("test", "dev") if summary.get(name)]
+        rows = [(name, summary[name]["before"], summary[name]["after"]) for name in measured]
+        text += "\n\n" + before_after(rows) if rows else ""
+    return text
+
+
+def _shapes(folder: Path) -> list[str]:
+    """Return one description per kind of adapter in the run, from the journal's header."""
+    from adazeta.journal import NAME, read
+    from adazeta_kernels import TTAdapterLayout
+
+    if not (folder / NAME).is_file():
+        return []
+    header = read(folder / NAME, repair=True)[0]
+    kinds = Counter(tuple(site["layout"]) for site in header["sites"])
+    return [f"{count} x {TTAdapterLayout.decode(list(layout)).describe()}" for layout, count in kinds.items()]
+
+
+def replay_run(folder: Path, *, write: bool = False) -> tuple[str, bool]:
+    """Rebuild a run's adapter from its journal; return a line to print and whether the saved one has the same bits.
+
+    Args:
+        folder: the run folder.
+        write: put the rebuilt adapter in the place of the saved one (a damaged one, say).
+
+    Raises:
+        UserError: not a run, a damaged journal, or a damaged adapter (and not ``write``).
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from adazeta.journal import NAME, replay, sha256_of, steps
+
+    if not folder.is_dir():
+        raise UserError(f"no such run folder: {folder}")
+    if not (folder / NAME).is_file():
+        raise UserError(f"{folder} has no journal ({NAME}): it is not a run folder (those have {CARD} and {NAME})")
+    rebuilt = replay(folder)
+    count = sum(1 for _ in steps(folder / NAME))
+    numbers = sum(tensor.numel() for tensor in rebuilt.values())
+    digest = sha256_of([rebuilt[name] for name in sorted(rebuilt)])[:16]
+    done = f"{folder}: {count:,} steps replayed, {numbers:,} numbers, SHA-256 {digest}..."
+    if write:
+        with replacing(folder / ADAPTER) as temporary:
+            tensors = {name: tensor.contiguous().clone() for name, tensor in rebuilt.items()}
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        return f"{done}: written to {folder / ADAPTER}", True
+    try:
+        saved = load_file(folder / ADAPTER)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / ADAPTER} is missing, damaged or cut off: rebuild it with `adazeta replay {folder} --write`"
+        ) from error
+    different = [
+        name
+        for name in sorted(saved.keys() | rebuilt.keys())
+        if name not in saved or name not in rebuilt or not torch.equal(saved[name], rebuilt[name].to(saved[name].dtype))
+    ]
+    if different:
+        return f"{done}: {len(different)} of {len(saved)} tensors differ from the saved adapter ({different[0]})", False
+    return f"{done}: equal to the saved adapter, bit for bit", True

@@ -1,0 +1,317 @@
+"""The settings of a run: one table for flags, YAML keys, units, defaults and where each value goes.
+
+A value is taken from the flag, else from the YAML file, else from the preset, else from the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adazeta.errors import UserError
+from adazeta.presets import PRESETS
+from adazeta.schedule import AdaptiveQueries, ConstantQueries
+
+
+def boolean(value) -> bool:
+    """Read true/false as YAML and people write them."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in words:
+        return words[str(value).lower()]
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
+def positive(value) -> int:
+    """Read an integer above zero."""
+    if isinstance(value, float) and value != int(value) or int(value) < 1:
+        raise ValueError(f"expected an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def escaped(value: str) -> str:
+    r"""Read text in which a shell cannot easily say newline: ``\n`` and ``\t`` stand for newline and tab."""
+    return str(value).replace("\\n", "\n").replace("\\t", "\t")
+
+
+def label_words(value) -> dict[str, str]:
+    """Read ``label=word,label=word`` (or a mapping); a word without a leading space gets one."""
+    if not isinstance(value, Mapping):
+        parts = [part.partition("=") for part in str(value).split(",")]
+        if not all(separator for _, separator, _ in parts):
+            raise ValueError(f"expected label=word,label=word, got {value!r}")
+        value = {label.strip(): word for label, _, word in parts}
+    return {str(label): f" {word}" if not str(word).startswith(" ") else str(word) for label, word in value.items()}
+
+
+def queries(value) -> ConstantQueries | AdaptiveQueries:
+    """Read a number of queries, or ``adaptive[:alpha,beta,maximum[,epoch|step]]``."""
+    text = str(value)
+    if not text.startswith("adaptive"):
+        return ConstantQueries(positive(value))
+    parts = text.removeprefix("adaptive").removeprefix(":").split(",") if ":" in text else []
+    if parts and len(parts) not in (3, 4):
+        raise ValueError(f"expected adaptive:alpha,beta,maximum or adaptive:alpha,beta,maximum,step, got {value!r}")
+    numbers = (float(parts[0]), float(parts[1]), int(parts[2])) if parts else ()
+    return AdaptiveQueries(*numbers, *parts[3:])
+
+
+def directions(value) -> str | int:
+    """Read ``batch``, ``example`` or a number of groups."""
+    return value if value in ("batch", "example") else positive(value)
+
+
+def names(value) -> str | list[str]:
+    """Read ``paper``, ``published`` or module names separated by commas."""
+    if isinstance(value, (list, tuple)):
+        return [str(name) for name in value]
+    return value if value in ("paper", "published") else [name.strip() for name in str(value).split(",")]
+
+
+def integers(value) -> list[int]:
+    """Read integers separated by commas, ranges ``a-b`` included."""
+    if isinstance(value, (list, tuple)):
+        return [int(number) for number in value]
+    found: list[int] = []
+    for part in str(value).split(","):
+        first, dash, last = part.partition("-")
+        found += range(int(first), int(last) + 1) if dash else [int(first)]
+    return found
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Args:
+        name: flag without ``--``; the YAML key is the same (``_`` for ``-`` is accepted).
+        kind: turns the flag's text or the YAML value into the value; ValueError or TypeError if it cannot.
+        help: what it does, with its unit.
+        default: value where neither flag, file nor preset gives one; None means "left to what it is passed to".
+        goes_to: ``tt.field``, ``zo.field`` or ``train.field`` (TTConfig, ZOConfig, TrainingArguments), or empty.
+        shown: how the default reads in the help, where the value alone would not do.
+        choices: the values that are allowed.
+    """
+
+    name: str
+    kind: Callable[[Any], Any]
+    help: str
+    default: Any = None
+    goes_to: str = ""
+    shown: str = ""
+    choices: tuple = ()
+
+    @property
+    def key(self) -> str:
+        """Name in Python and in a settings dict."""
+        return self.name.replace("-", "_")
+
+    def preset_value(self, preset: str):
+        """Return this option's value in a preset, or the table's default."""
+        section, _, field = self.goes_to.partition(".")
+        values = getattr(PRESETS[preset], section) if section else {}
+        return values.get(field, self.default)
+
+    def read(self, value, where: str):
+        """Return the value for what a flag or a file says; ``where`` names the origin in the error."""
+        if value is None:
+            return None
+        try:
+            value = self.kind(value)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: {error}") from error
+        if self.choices and value not in self.choices:
+            raise UserError(f"{where}: expected one of {', '.join(map(str, self.choices))}, got {value!r}")
+        return value
+
+    def describe(self) -> str:
+        """Return the help line with the default of every preset."""
+        if self.shown:
+            return f"{self.help} (default: {self.shown})"
+        values = {name: _show(self.preset_value(name)) for name in PRESETS}
+        if len(set(values.values())) == 1:
+            return f"{self.help} (default: {next(iter(values.values()))})"
+        return f"{self.help} (preset {'; '.join(f'{name}: {value}' for name, value in values.items())})"
+
+
+def plain(value):
+    """Return a setting as a JSON value that its option reads again."""
+    return _show(value) if isinstance(value, (ConstantQueries, AdaptiveQueries)) else value
+
+
+def _show(value) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, ConstantQueries):
+        return str(value.number)
+    if isinstance(value, AdaptiveQueries):
+        return f"adaptive:{value.alpha},{value.beta},{value.maximum}{'' if value.by == 'epoch' else ',step'}"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={word.strip()}" for key, word in value.items())
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+
+
+MODEL = [
+    Option("model", str, "base model: a folder with config.json, or 'smollm2' for the demo's", "smollm2"),
+    Option("dtype", str, "number format of the base model", "float32", choices=("float32", "bfloat16", "float16")),
+    Option("threads", positive, "CPU threads", shown="all cores"),
+]
+DATA = [
+    Option("data", str, "'movies', or a .csv, .tsv or .jsonl file of labelled texts", "movies"),
+    Option("text-column", str, "column (key) that holds the text", "text"),
+    Option("label-column", str, "column (key) that holds the label", "label"),
+]
+TASK = [
+    Option("template", escaped, r"prompt, with {text} once; \n is a newline", "Review: {text}\nSentiment:"),
+    Option(
+        "label-words",
+        label_words,
+        "class labels and the words the model answers with, label=word,label=word; a space goes before each word",
+        {"negative": " negative", "positive": " positive"},
+    ),
+    Option("max-tokens", positive, "longest prompt, in tokens; longer texts lose their end", 256),
+]
+ADAPTER = [
+    Option("rank", int, "TT rank of every bond", goes_to="tt.rank", default=5),
+    Option("bottleneck", positive, "width between down and up", goes_to="tt.bottleneck", default=64),
+    Option("sites", names, "where adapters go: paper, published, or module names", goes_to="tt.sites", default="paper"),
+    Option(
+        "layers", integers, "blocks that get adapters, such as 0-5,29", goes_to="tt.layers_to_transform", shown="all"
+    ),
+    Option("act", str, "relu, gelu, silu, tanh or identity", goes_to="tt.act", default="relu"),
+    Option("bias", boolean, "biases in the adapters", goes_to="tt.bias", default=True),
+    Option("adapter-scale", float, "factor on the adapter's branch", goes_to="tt.scale", default=1.0),
+    Option("init", str, "identity or paper", goes_to="tt.init", default="identity"),
+    Option("init-gain", float, "standard deviation of down's output at the start", goes_to="tt.init_gain", default=1.0),
+    Option("init-seed", int, "64-bit seed of the initial numbers", goes_to="tt.init_seed", shown="the seed of the run"),
+]
+METHOD = [
+    Option("eps", float, "distance of a probe from theta, in units of the parameters", goes_to="zo.eps"),
+    Option("queries", queries, "queries a step: a number, or adaptive:alpha,beta,maximum[,step]", goes_to="zo.queries"),
+    Option("directions", directions, "who shares a direction: batch, example or N groups", goes_to="zo.directions"),
+    Option("difference", str, "central (two probes a query) or forward (one)", goes_to="zo.difference"),
+    Option("combine", str, "mean, or spread (divide by the spread of the projected gradients)", goes_to="zo.combine"),
+    Option("floor", float, "smallest spread that is divided by, in loss per unit of z", goes_to="zo.floor"),
+    Option("clip", float, "bound on a projected gradient, in spreads", goes_to="zo.clip"),
+    Option("momentum", float, "factor on the running direction, in [0, 1)", goes_to="zo.momentum", default=0.0),
+    Option("distribution", str, "gaussian or rademacher", goes_to="zo.distribution", default="gaussian"),
+    Option(
+        "probes-per-forward",
+        positive,
+        "most probes in one forward",
+        goes_to="zo.probes_per_forward",
+        shown="chosen from the number of tokens",
+    ),
+]
+TRAINING = [
+    Option("seed", int, "64-bit seed of directions and of the order of the data", 0),
+    Option("steps", positive, "steps", goes_to="train.max_steps"),
+    Option("rows", positive, "stop after so many forward rows", shown="no limit"),
+    Option("max-minutes", float, "stop training after so many minutes", shown="no limit"),
+    Option("batch-size", positive, "examples per step", goes_to="train.per_device_train_batch_size", default=16),
+    Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
+    Option("lr", float, "learning rate", goes_to="train.learning_rate"),
+    Option("lr-schedule", str, "linear, cosine, constant, ...", goes_to="train.lr_scheduler_type", default="linear"),
+    Option("warmup-steps", float, "steps of rising learning rate", goes_to="train.warmup_steps", default=0),
+    Option(
+        "weight-decay", float, "per unit of lr, on everything but biases", goes_to="train.weight_decay", default=0.0
+    ),
+    Option("group-by-length", boolean, "batches of texts of similar length", True),
+    Option("eval-every", positive, "steps between evaluations on dev", shown="a tenth of the steps"),
+    Option("eval-limit", positive, "most dev examples evaluated", shown="all"),
+    Option("eval-batch-size", positive, "examples per forward of an evaluation", 32),
+    Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),
+]
+DEV_DATA = Option("dev-data", str, "file of dev examples", shown="a tenth of the data, at most 500")
+TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING]
+GROUPS = {
+    "model": MODEL,
+    "data": [*DATA, DEV_DATA],
+    "task": TASK,
+    "adapter": ADAPTER,
+    "zeroth-order method": METHOD,
+    "training": TRAINING,
+}
+
+
+def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, list[Option]]) -> None:
+    """Give a parser the flags of some groups; flags that are not used leave no attribute."""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            extra = (
+                {"action": argparse.BooleanOptionalAction} if option.kind is boolean else {"metavar": _metavar(option)}
+            )
+            text = option.describe().replace("%", "%%")
+            group.add_argument(f"--{option.name}", dest=option.key, default=argparse.SUPPRESS, help=text, **extra)
+
+
+def _metavar(option: Option) -> str:
+    return {int: "N", positive: "N", float: "X"}.get(option.kind, "TEXT")
+
+
+def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:
+    """Read a YAML file of settings; its keys are those of ``options``.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (near matches are named), or a value of the wrong kind.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, got {type(content).__name__}")
+    known = {option.key: option for option in options}
+    values = {}
+    for name, value in content.items():
+        key = str(name).replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            advice = f"did you mean {' or '.join(known[n].name for n in near)}?" if near else "see adazeta train --help"
+            raise UserError(f"{path}: unknown key {name!r}: {advice}")
+        values[key] = known[key].read(value, f"{path}, key {name}")
+    return values
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    options: list[Option],
+    *,
+    preset: str = "default",
+    config: str | None = None,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the value of every option: flag, else file, else ``stored`` (a run that is resumed), else preset."""
+    from_file = read_yaml(config, options) if config else {}
+    values = {}
+    for option in options:
+        if option.key in flags:
+            values[option.key] = option.read(flags[option.key], f"--{option.name}")
+        elif option.key in from_file:
+            values[option.key] = from_file[option.key]
+        elif stored is not None and option.key in stored:
+            values[option.key] = option.read(stored[option.key], f"stored setting {option.name}")
+        else:
+            values[option.key] = option.preset_value(preset)
+    return values
+
+
+def section(name: str, values: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """Return the keywords for one of ``tt``, ``zo``, ``train``: the preset's, overridden by ``values``."""
+    keywords = dict(getattr(PRESETS[preset], name))
+    for option in TRAIN:
+        target, _, field = option.goes_to.partition(".")
+        if target == name and values.get(option.key) is not None:
+            keywords[field] = values[option.key]
+    return keywords

@@ -1,0 +1,256 @@
+"""Run folders: what is in them, how a model is loaded, and how one is trained, evaluated and asked.
+
+A run folder holds the adapter as PEFT saves it, ``adazeta.json`` (the card: base model, task, settings),
+``journal.azj``, ``metrics.jsonl``, ``summary.json`` and ``curves.png``. Training writes to ``<folder>.partial``, which
+takes the folder's place when everything is written: a run folder is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adazeta import __version__
+from adazeta.errors import UserError
+from adazeta.files import disk_errors, write_text
+from adazeta.options import plain
+from adazeta.tasks import LabelWordTask
+
+CARD, ADAPTER, METRICS, SUMMARY, CURVES = (
+    "adazeta.json",
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "summary.json",
+    "curves.png",
+)
+Say = Callable[[str], None]
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; UserError where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): train again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not a JSON object): train again")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object, aside then renamed."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_run(folder: str | Path) -> bool:
+    """Return whether the folder is a run: it has a card."""
+    return (Path(folder) / CARD).is_file()
+
+
+def read_card(folder: str | Path) -> dict:
+    """Return the card of a run folder.
+
+    Raises:
+        UserError: no such folder, not a run, or a damaged card.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such run folder: {folder}; train one with `adazeta train --output {folder}`")
+    if not is_run(folder):
+        raise UserError(f"{folder} is not a run folder (it has no {CARD}): give the --output of `adazeta train`")
+    card = read_json(folder / CARD)
+    missing = [key for key in ("base_model", "task") if key not in card]
+    if missing:
+        raise UserError(f"{folder / CARD} is damaged (no {missing[0]!r}): train again")
+    return card
+
+
+def model_folder(name: str, say: Say = lambda line: None) -> Path:
+    """Return the folder of a base model: ``smollm2`` is fetched, anything else must be a folder with config.json."""
+    from adazeta import assets
+
+    if name == assets.MODEL_NAME and not Path(name).is_dir():
+        return assets.model_dir(say)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"no such model folder: {name}; give a folder with config.json and weights, or '{assets.MODEL_NAME}'"
+        )
+    if not (folder / "config.json").is_file():
+        hint = "; it is a run: `adazeta info` shows its base model" if is_run(folder) else ""
+        raise UserError(f"{name} is not a model folder (no config.json){hint}")
+    return folder
+
+
+def load_base(name: str, *, dtype: str = "float32", say: Say = lambda line: None):
+    """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
+
+    Raises:
+        UserError: not a model folder, weights that cannot be read, or weights that are not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder(name, say)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name} cannot be loaded as a causal language model: {reason}") from error
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def attach_adapter(model, folder: str | Path):
+    """Return ``model`` with the trained adapter of a run or PEFT folder, frozen and in evaluation mode.
+
+    Raises:
+        UserError: not an adapter folder, or one that is damaged or belongs to another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    import adazeta.tuner  # noqa: F401  registers the method with PEFT
+
+    folder = Path(folder)
+    path = folder / ADAPTER
+    if not (folder / "adapter_config.json").is_file() or not path.is_file():
+        raise UserError(f"{folder} is not an adapter folder (no adapter_config.json and {ADAPTER})")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            saved = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, OSError, EOFError) as error:
+        raise UserError(f"{path} is damaged or cut off: rebuild it with `adazeta replay {folder} --write`") from error
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"the adapter in {folder} does not fit the base model: {reason}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    if saved != expected:
+        different = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
+        raise UserError(f"the adapter in {folder} does not fit the base model: {different[0]} differs or is missing")
+    return adapted.eval()
+
+
+@dataclass
+class Classifier:
+    """A model that answers with label words: the adapted or plain model, its tokenizer and the task."""
+
+    model: Any
+    tokenizer: Any
+    task: LabelWordTask
+    card: dict
+
+    @classmethod
+    def open(
+        cls, name: str, *, task: LabelWordTask | None = None, dtype: str | None = None, say: Say = lambda line: None
+    ) -> Classifier:
+        """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment)."""
+        if is_run(name):
+            card = read_card(name)
+            model, tokenizer = load_base(card["base_model"], dtype=dtype or card.get("dtype", "float32"), say=say)
+            try:
+                own = LabelWordTask.from_dict(card["task"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{Path(name) / CARD} is damaged (task: {error}): train again") from error
+            return cls(attach_adapter(model, name), tokenizer, task or own, card)
+        model, tokenizer = load_base(name, dtype=dtype or "float32", say=say)
+        return cls(model, tokenizer, task or LabelWordTask(), {"base_model": str(name)})
+
+    def collator(self):
+        """Return the collator for this tokenizer's padding token."""
+        from adazeta.data import RightPad
+
+        return RightPad(self.tokenizer.pad_token_id or 0)
+
+    def label_words(self):
+        """Return the fp32 loss per row for the task's words."""
+        try:
+            return self.task.loss(self.tokenizer)
+        except ValueError as error:
+            raise UserError(f"label words: {error}") from error
+
+    def evaluate(self, examples: Sequence, *, batch_size: int = 32, progress=None) -> dict:
+        """Return accuracy, mean loss, predictions and probabilities on labelled examples."""
+        from adazeta.evaluate import evaluate_classification
+
+        prompts = self.task.encode(self.tokenizer, examples)
+        return evaluate_classification(self.model, self.label_words(), prompts, self.collator(), batch_size, progress)
+
+    def probabilities(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[float]]:
+        """Return the probability of every class for every text."""
+        from adazeta.data import Example
+
+        examples = [Example(text, self.task.labels[0]) for text in texts]
+        return self.evaluate(examples, batch_size=batch_size)["probabilities"]
+
+
+def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """Return the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
+
+    Raises:
+        UserError: ``output`` holds a run (and not ``overwrite``) or something else, or there is nothing to resume.
+    """
+    output = Path(output)
+    partial = output.with_name(f"{output.name}.partial")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: choose another --output")
+    if output.is_dir() and any(output.iterdir()) and not is_run(output):
+        raise UserError(f"{output} is not empty and not a run folder: choose another --output")
+    if resume:
+        if not partial.is_dir():
+            done = " (it is complete)" if is_run(output) else ""
+            raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
+        return partial
+    if not overwrite and is_run(output):
+        raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
+    if not overwrite and partial.is_dir():
+        raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
+    with disk_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def close_partial(partial: Path, output: str | Path) -> None:
+    """Put the finished folder in the place of ``output``; an earlier run there goes only then."""
+    output = Path(output)
+    with disk_errors(output):
+        old = output.with_name(f".{output.name}.old-{os.getpid()}")
+        if output.exists():
+            os.rename(output, old)
+        try:
+            os.rename(partial, output)
+        except OSError:
+            if old.exists():
+                os.rename(old, output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def card_of(settings: Mapping[str, Any], task: LabelWordTask, preset: str) -> dict:
+    """Return the card of a run: what another process needs to use the adapter, and what made it."""
+    base = settings["model"]
+    return {
+        "format": 1,
+        "adazeta": __version__,
+        "base_model": str(Path(base).resolve()) if Path(base).is_dir() else base,
+        "dtype": settings["dtype"],
+        "task": task.to_dict(),
+        "preset": preset,
+        "settings": {key: plain(value) for key, value in settings.items()},
+    }

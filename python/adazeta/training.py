@@ -1,0 +1,325 @@
+"""Train an adapter into a run folder: the part of ``adazeta train`` and ``adazeta demo`` that they share."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adazeta.data import Example
+from adazeta.errors import UserError
+from adazeta.files import disk_errors
+from adazeta.memory import Peak, resident_bytes
+from adazeta.options import section
+from adazeta.report import adapter_size, machine
+from adazeta.runs import (
+    CARD,
+    CURVES,
+    METRICS,
+    SUMMARY,
+    Classifier,
+    card_of,
+    close_partial,
+    load_base,
+    open_partial,
+    write_json,
+)
+from adazeta.tasks import LabelWordTask
+
+
+class Interrupted(Exception):
+    """Ctrl-C during training; a checkpoint was saved."""
+
+
+@dataclass
+class Outcome:
+    """What training reports: steps, forward rows, seconds in training and the peak resident memory meanwhile."""
+
+    steps: int
+    rows: int
+    seconds: float
+    dropped: int
+    peak_bytes: int
+    dev: dict[str, float]
+
+
+def task_of(settings: Mapping[str, Any]) -> LabelWordTask:
+    """Return the task that the settings describe."""
+    return LabelWordTask(settings["template"], settings["label_words"], settings["max_tokens"])
+
+
+def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
+    """Load the base model and give it a fresh adapter.
+
+    Raises:
+        UserError: the model cannot be loaded, or the adapter's settings do not fit it.
+    """
+    import peft
+
+    from adazeta import TTConfig
+
+    task = task_of(settings)
+    base, tokenizer = load_base(settings["model"], dtype=settings["dtype"], say=say)
+    keywords = section("tt", settings, preset)
+    if settings["init_seed"] is None:
+        keywords["init_seed"] = settings["seed"]
+    try:
+        model = peft.get_peft_model(base, TTConfig(task_type="CAUSAL_LM", **keywords))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {error}") from error
+    return Classifier(model, tokenizer, task, card_of(settings, task, preset))
+
+
+def zo_config(settings: Mapping[str, Any], preset: str):
+    """Return the ``ZOConfig`` of the settings."""
+    from adazeta import ZOConfig
+
+    return ZOConfig(**{**section("zo", settings, preset), "run_seed": settings["seed"]})
+
+
+def training_arguments(
+    settings: Mapping[str, Any], preset: str, folder: Path, *, examples: int, dev: bool, resume: bool
+):
+    """Return the ``transformers.TrainingArguments`` of the settings."""
+    import torch
+    from transformers import TrainingArguments
+
+    keywords = section("train", settings, preset)
+    steps = keywords.get("max_steps", -1)
+    if steps < 1:
+        batch = settings["batch_size"] * settings["accumulate"]
+        steps = math.ceil(keywords.get("num_train_epochs", 3) * examples / batch)
+    tenth = max(1, steps // 10)
+    if settings["group_by_length"]:
+        keywords["train_sampling_strategy"] = "group_by_length"
+    keywords.update(
+        output_dir=str(folder),
+        seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
+        per_device_eval_batch_size=settings["eval_batch_size"],
+        eval_strategy="steps" if dev else "no",
+        eval_steps=settings["eval_every"] or tenth,
+        eval_on_start=dev and not resume,
+        save_strategy="steps",
+        save_steps=settings["save_every"] or tenth,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+    try:
+        return TrainingArguments(**keywords)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"settings: {' '.join(str(error).split())}") from error
+
+
+def fit(
+    classifier: Classifier,
+    splits: Mapping[str, Sequence[Example]],
+    settings: Mapping[str, Any],
+    preset: str,
+    folder: Path,
+    *,
+    resume: bool = False,
+) -> Outcome:
+    """Train the adapter and write adapter, card, journal and metrics to ``folder``.
+
+    Raises:
+        UserError: wrong settings, a full disk, or losses that are never finite.
+        Interrupted: Ctrl-C; ``folder`` holds a checkpoint.
+    """
+    from transformers import PrinterCallback
+
+    from adazeta import ZOTrainer
+    from adazeta.progress import Bar, Limits, MetricsFile
+
+    prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
+    dev = []
+    if splits["dev"]:
+        dev = classifier.task.encode(classifier.tokenizer, splits["dev"][: settings["eval_limit"]]).by_length()
+    write_json(folder / CARD, classifier.card)
+    limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
+    metrics = MetricsFile(folder / METRICS)
+    try:
+        trainer = ZOTrainer(
+            model=classifier.model,
+            args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=resume),
+            zo=zo_config(settings, preset),
+            loss=classifier.label_words(),
+            train_dataset=prompts,
+            eval_dataset=dev or None,
+            data_collator=classifier.collator(),
+            compute_metrics=accuracy,
+            callbacks=[metrics, Bar(), limits],
+        )
+        trainer.create_optimizer()  # checks the settings of the step
+    except (ValueError, TypeError) as error:
+        raise UserError(f"settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = _last_checkpoint(folder) if resume else None
+    with disk_errors(folder), Peak() as peak:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if limits.interrupted:
+        raise Interrupted
+    with disk_errors(folder):
+        trainer.save_model(str(folder))
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in ("training_args.bin", "README.md"):  # a pickle of paths, and an empty form of a model card
+            (folder / name).unlink(missing_ok=True)
+    return Outcome(
+        steps=trainer.state.global_step,
+        rows=trainer.zeroth_order.rows,
+        seconds=metrics.seconds,
+        dropped=trainer.zeroth_order.dropped,
+        peak_bytes=peak.bytes,
+        dev=metrics.dev,
+    )
+
+
+def accuracy(prediction) -> dict[str, float]:
+    """Return the accuracy of class scores, for ``Trainer(compute_metrics=...)``."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _last_checkpoint(folder: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: add --overwrite instead of --resume to start anew")
+    return checkpoint
+
+
+def train(
+    settings: Mapping[str, Any],
+    preset: str,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    test: bool = False,
+    say=lambda line: None,
+) -> dict:
+    """Train on the splits that ``settings`` name and write the run folder; return the summary.
+
+    Args:
+        settings: values of :data:`adazeta.options.TRAIN`.
+        preset: name of the preset they were resolved with.
+        output: the run folder.
+        resume: go on with an interrupted run.
+        overwrite: an earlier run at ``output`` may be replaced, once this one is whole.
+        test: evaluate on the test split before and after, and measure peak memory.
+        say: told what happens.
+
+    Raises:
+        UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
+        Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
+    """
+    import torch
+
+    from adazeta.data import load_splits
+    from adazeta.demo import measure_memory
+    from adazeta.plots import draw_curves
+    from adazeta.progress import read_metrics
+
+    splits = load_splits(
+        settings["data"],
+        dev_source=settings["dev_data"],
+        labels=task_of(settings).labels,
+        text_column=settings["text_column"],
+        label_column=settings["label_column"],
+        say=say,
+    )
+    partial = open_partial(output, resume=resume, overwrite=overwrite)
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    classifier = new_classifier(settings, preset, say)
+    model_bytes = resident_bytes() or 0
+    held_out = splits["test"] if test else []
+    measured, memory = {}, {}
+    if held_out:
+        measured["before"] = _evaluate(classifier, held_out, "test before", settings)
+    if test:
+        memory = measure_memory(classifier, splits["train"], settings, preset, model_bytes)
+    outcome = fit(classifier, splits, settings, preset, partial, resume=resume)
+    if held_out:
+        measured["after"] = _evaluate(classifier, held_out, "test after", settings)
+
+    lines = read_metrics(partial / METRICS)
+    dev = [line for line in lines if line["kind"] == "dev"]
+    if memory:
+        memory["training_bytes"] = outcome.peak_bytes - model_bytes
+    summary = {
+        "task": classifier.task.to_dict(),
+        "base_model": classifier.card["base_model"],
+        "preset": preset,
+        "seed": settings["seed"],
+        "splits": {name: len(examples) for name, examples in splits.items()},
+        "test": {when: {key: result[key] for key in ("accuracy", "loss")} for when, result in measured.items()},
+        "dev": {"before": _numbers(dev[0]), "after": _numbers(dev[-1])} if dev else {},
+        "training": {
+            "steps": outcome.steps,
+            "rows": outcome.rows,
+            "seconds": round(outcome.seconds, 3),
+            "rows_per_s": outcome.rows / outcome.seconds if outcome.seconds else 0.0,
+            "dropped": outcome.dropped,
+        },
+        "memory": memory,
+        "adapter": adapter_size(partial),
+        "sentences": _shown(classifier, held_out, measured) if held_out else [],
+        "machine": machine(),
+    }
+    draw_curves(
+        lines,
+        partial / CURVES,
+        title=f"{Path(summary['base_model']).name}: {summary['adapter']['numbers']:,} numbers, forward passes only",
+        **summary["test"],
+    )
+    write_json(partial / SUMMARY, summary)
+    close_partial(partial, output)
+    return summary
+
+
+def _evaluate(classifier: Classifier, examples: Sequence, label: str, settings: Mapping[str, Any]) -> dict:
+    from adazeta.progress import progress_bar
+
+    with progress_bar(len(examples), label, "rows") as bar:
+        result = classifier.evaluate(examples, batch_size=settings["eval_batch_size"], progress=bar.update)
+        bar.set_postfix_str(f"accuracy {result['accuracy']:.3f}, loss {result['loss']:.3f}")
+    return result
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: line[name] for name in ("accuracy", "loss") if name in line}
+
+
+def _shown(classifier: Classifier, examples: Sequence, measured: Mapping[str, Mapping[str, Any]]) -> list[dict]:
+    """Pick sentences by rule, not by taste: the first three whose answer changed, then the first two that did not."""
+    before, after = measured["before"], measured["after"]
+    pairs = list(zip(before["predictions"], after["predictions"]))
+    changed = [index for index, (old, new) in enumerate(pairs) if old != new][:3]
+    same = [index for index, (old, new) in enumerate(pairs) if old == new][: 5 - len(changed)]
+
+    def answer(result, index):
+        prediction = result["predictions"][index]
+        return {
+            "label": classifier.task.labels[prediction],
+            "probability": result["probabilities"][index][prediction],
+        }
+
+    return [
+        {
+            "text": examples[index].text,
+            "label": examples[index].label,
+            "before": answer(before, index),
+            "after": answer(after, index),
+        }
+        for index in changed + same
+    ]

@@ -1,0 +1,60 @@
+"""A random Llama of two blocks with its own tokenizer, a data file, and the command line in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+GOOD = ("warm", "funny", "bright", "moving")
+BAD = ("dull", "cold", "empty", "tired")
+
+
+def write_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write a byte-level random Llama (width 64) and its tokenizer; " positive" is several tokens, " negative" too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, **{letter: index + 1 for index, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_data(path: Path, count: int = 60) -> Path:
+    """Write ``count`` different labelled texts as JSON lines; the label shows in one word."""
+    with path.open("w", encoding="utf-8") as stream:
+        for index in range(count):
+            words, label = ((GOOD, "positive"), (BAD, "negative"))[index % 2]
+            row = {"text": f"a {words[index % 4]} film no {index}", "label": label}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def adazeta(*arguments, cache: Path | None = None, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    """Run ``python -m adazeta`` in a new process on one thread; return it with its output as text."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **environment}
+    if cache is not None:
+        settings["ADAZETA_CACHE"] = str(cache)
+    command = [sys.executable, "-m", "adazeta", *map(str, arguments)]
+    return subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout, check=False
+    )
