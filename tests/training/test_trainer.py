@@ -1,0 +1,158 @@
+"""``ZOTrainer``: Trainer's own loop, resume bit for bit, no backward, logs, callbacks, NaN in the base model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import lm_batch, tiny_adapted
+from transformers import TrainerCallback, TrainingArguments
+
+from adazeta import AdaptiveQueries, UserError, ZOConfig, ZOTrainer
+from adazeta.journal import NAME, replay
+
+
+def dataset(n=20):
+    batch = lm_batch(n)
+    return [{k: v[i] for k, v in batch.items()} for i in range(n)]
+
+
+def trainer(folder, max_steps=6, zo=None, model=None, data=None, callbacks=(), **args):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": max_steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **args,
+    }
+    return ZOTrainer(
+        model=tiny_adapted() if model is None else model,
+        args=TrainingArguments(**settings),
+        zo=zo or ZOConfig(eps=0.05, queries=2, momentum=0.9),
+        train_dataset=data or dataset(),
+        eval_dataset=dataset(8),
+        callbacks=list(callbacks),
+    )
+
+
+def test_trains_logs_and_saves_without_a_backward(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("backward was called")
+
+    monkeypatch.setattr(torch.Tensor, "backward", never)
+    monkeypatch.setattr(torch.autograd, "backward", never)
+    run = trainer(tmp_path)
+    before = run.model.base_model.theta().clone()
+    run.train()
+    assert not torch.equal(run.model.base_model.theta(), before)
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["rows"] for entry in logs] == [16 * k for k in range(1, 7)]
+    assert all(entry["queries"] == 2 and entry["dropped"] == 0 and entry["rows_per_s"] > 0 for entry in logs)
+    assert all(3 < entry["loss"] < 6 and "grad_norm" not in entry for entry in logs)
+    run.save_model(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, replay(tmp_path)[name]) for name, value in saved.items())
+
+
+def test_resume_is_bit_identical_to_no_interruption(tmp_path):
+    whole = trainer(tmp_path / "whole", lr_scheduler_type="cosine")
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    first = trainer(tmp_path / "cut", lr_scheduler_type="cosine", callbacks=[Stop()])
+    first.train()
+    second = trainer(tmp_path / "cut", lr_scheduler_type="cosine")
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert torch.equal(whole.model.base_model.theta(), second.model.base_model.theta())
+    assert (tmp_path / "whole" / NAME).read_bytes() == (tmp_path / "cut" / NAME).read_bytes()
+    assert second.state.log_history[-2]["rows"] == whole.state.log_history[-2]["rows"]
+
+
+def test_gradient_accumulation_uses_every_micro_batch(tmp_path):
+    run = trainer(
+        tmp_path, max_steps=2, gradient_accumulation_steps=2, zo=ZOConfig(eps=0.05, queries=3, directions="example")
+    )
+    run.train()
+    assert run.zeroth_order.step_index == 2 and run.zeroth_order.rows == 2 * 2 * 4 * 3 * 2
+    from adazeta.journal import steps
+
+    assert all(len(s.coefficients) == 2 * 4 * 3 and all(s.coefficients) for s in steps(tmp_path / NAME))
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert all(3 < loss < 6 for loss in losses)
+
+
+def test_paper_schedule_counts_epochs_of_the_data(tmp_path):
+    run = trainer(tmp_path, max_steps=12, zo=ZOConfig(eps=0.05, queries=AdaptiveQueries(1, 1, 3)))
+    run.train()  # 20 examples in batches of 4: 5 steps an epoch
+    queries = [entry["queries"] for entry in run.state.log_history if "loss" in entry]
+    assert queries == [1] * 10 + [2] * 2
+
+
+def test_evaluation(tmp_path):
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+    run.train()
+    assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [3, 6]
+    with torch.no_grad():
+        from adazeta.losses import causal_lm_loss
+
+        expected = float(causal_lm_loss(run.model, lm_batch(8)).mean())
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluation_with_scores_gives_predictions_to_metrics(tmp_path):
+    class Scored:
+        def __call__(self, model, batch):
+            return self.scores(model, batch).logsumexp(1)
+
+        def scores(self, model, batch):
+            return model(input_ids=batch["input_ids"]).logits[:, -1, :2]
+
+    batch = lm_batch(8)
+    data = [{"input_ids": ids, "labels": torch.tensor(i % 2)} for i, ids in enumerate(batch["input_ids"])]
+    run = ZOTrainer(
+        model=tiny_adapted(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=3, report_to=[], disable_tqdm=True, use_cpu=True
+        ),
+        loss=Scored(),
+        eval_dataset=data,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
+    )
+    with torch.no_grad():
+        scores = run.model(input_ids=batch["input_ids"]).logits[:, -1, :2]
+    expected = float((scores.argmax(1) == torch.arange(8) % 2).float().mean())
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(expected)
+
+
+def test_the_seed_is_honoured(tmp_path):
+    thetas = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = trainer(tmp_path / name, max_steps=2, seed=seed)
+        run.train()
+        thetas.append(run.model.base_model.theta())
+    assert torch.equal(thetas[0], thetas[1]) and not torch.equal(thetas[0], thetas[2])
+
+
+def test_nan_in_the_base_model_is_named(tmp_path):
+    model = tiny_adapted()
+    model.base_model.model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    run = trainer(tmp_path, model=model)
+    before = model.base_model.theta().clone()
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
+        run.train()
+    assert torch.equal(model.base_model.theta(), before)
+
+
+def test_trainer_state_is_written_for_others(tmp_path):
+    trainer(tmp_path, max_steps=3).train()
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["rows"] == 48
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
