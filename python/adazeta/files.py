@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -40,7 +40,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; the earlier file is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
 
 
 @contextmanager
@@ -48,11 +49,14 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn what the disk refuses (full, read-only, not permitted) into a one-line UserError naming ``path``."""
     try:
         yield
-    except OSError as error:
-        advice = _ADVICE.get(error.errno)
-        if advice is None:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # torch and safetensors write through their own code and tell a full disk in words only.
+        if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter failed", "file write failed")):
+            number = errno.ENOSPC
+        if isinstance(error, UserError) or number not in _ADVICE:
             raise
-        raise UserError(f"cannot write {path}: {advice}") from error
+        raise UserError(f"cannot write {path}: {_ADVICE[number]}") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

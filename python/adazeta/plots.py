@@ -75,7 +75,7 @@ def draw_curves(
             axes.legend(frameon=False)
     loss_axes.set_ylabel("loss (nats per example)")
     accuracy_axes.set_ylabel("accuracy")
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if title:
         figure.suptitle(title)
     with replacing(path) as target:

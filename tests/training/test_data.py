@@ -1,0 +1,145 @@
+import json
+import random
+
+import pytest
+
+from adazeta.data import Example, Prompts, RightPad, load_splits, read_examples, read_movies, split_examples
+from adazeta.errors import UserError
+
+
+def examples(count):
+    return [Example(f"sentence number {index}", "ab"[index % 2]) for index in range(count)]
+
+
+def test_csv_tsv_and_jsonl_read_the_same(tmp_path):
+    rows = [('a, quoted "text"', "good"), ("naïve café", "bad")]
+    (tmp_path / "x.csv").write_text('text,label\n"a, quoted ""text""",good\nnaïve café,bad\n', encoding="utf-8-sig")
+    (tmp_path / "x.tsv").write_text('label\ttext\ngood\t"a, quoted ""text"""\nbad\tnaïve café\n', encoding="utf-8")
+    lines = [json.dumps({"text": text, "label": label, "more": 1}) for text, label in rows]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    expected = [Example(*row) for row in rows]
+    for name in ("x.csv", "x.tsv", "x.jsonl"):
+        assert read_examples(tmp_path / name) == expected
+
+
+def test_columns_can_be_named_and_labels_may_be_numbers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"sentence": " a film ", "class": 1}\n')
+    found = read_examples(path, text_column="sentence", label_column="class", labels=["0", "1"])
+    assert found == [Example("a film", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "text,label\n", "holds no examples"),
+        ("x.csv", "", "holds no examples"),
+        ("x.jsonl", "\n", "holds no examples"),
+        ("x.csv", "sentence,label\na,good\n", "no column 'text', found sentence, label"),
+        ("x.csv", "text,label\na\n", "no column 'label'"),
+        ("x.csv", "text,label\na,good\nb,fine\n", "line 3: label 'fine' is not one of 'good', 'bad'"),
+        ("x.csv", "text,label\n ,good\n", "line 2: the text is empty"),
+        ("x.jsonl", '{"text": "a", "label": "good"}\n{"text"\n', "line 2: not JSON"),
+        ("x.jsonl", "[1]\n", "line 1: expected an object"),
+        ("x.txt", "a\tgood\n", "unknown kind of data file '.txt'"),
+        ("x.csv", b"text,label\n\xff\xfe,good\n", "save it as UTF-8"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        read_examples(path, labels=["good", "bad"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="no such data file: nowhere.csv"):
+        read_examples("nowhere.csv")
+
+
+def test_movie_rule(tmp_path):
+    path = tmp_path / "movies.txt"
+    path.write_text("1\t0.5\tgood one\r\n2\t-0.5\tbad one\r\n3\t0.49\tmeh\r\n4\t-3.1\t'' worst ''\r\n", newline="")
+    assert read_movies(path) == [
+        Example("good one", "positive"),
+        Example("bad one", "negative"),
+        Example("'' worst ''", "negative"),
+    ]
+
+
+def test_splits_do_not_depend_on_order_and_share_no_text():
+    data = examples(200) + [Example("Sentence  NUMBER 7", "a"), Example("sentence number 8", "b")]
+    splits = split_examples(data, test=40, dev=20)
+    assert [len(splits[name]) for name in ("test", "dev", "train")] == [40, 20, 140]
+    keys = [" ".join(e.text.casefold().split()) for part in splits.values() for e in part]
+    assert len(set(keys)) == len(keys) == 200
+    shuffled = examples(200)
+    random.Random(1).shuffle(shuffled)
+    assert split_examples(shuffled, test=40, dev=20) == splits
+    assert split_examples(data, test=40, dev=20, seed=1) != splits
+
+
+def test_splits_are_the_documented_ones():
+    # First bytes of sha256("0\ta"), ..., from `printf '0\ta' | sha256sum`.
+    order = [e.text for e in split_examples([Example(t, "a") for t in "abcd"])["train"]]
+    digests = {
+        "a": "88124601",
+        "b": "aedae854",
+        "c": "4779bc33",
+        "d": "741b3f6e",
+    }
+    assert order == sorted("abcd", key=digests.__getitem__)
+
+
+def test_too_few_examples():
+    with pytest.raises(UserError, match="5 different texts are too few for 4 test, 1 dev"):
+        split_examples(examples(5), test=4, dev=1)
+
+
+def test_load_splits_of_files(tmp_path):
+    path, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    path.write_text("".join(json.dumps(vars(e)) + "\n" for e in examples(50)))
+    dev.write_text("".join(json.dumps(vars(e)) + "\n" for e in examples(5)))
+    alone = load_splits(str(path), labels="ab")
+    assert (len(alone["train"]), len(alone["dev"]), alone["test"]) == (45, 5, [])
+    both = load_splits(str(path), dev_source=str(dev), labels="ab")
+    assert both["dev"] == examples(5)
+    assert not {e.text for e in both["train"]} & {e.text for e in both["dev"]}
+    with pytest.raises(UserError, match="every text of"):
+        load_splits(str(dev), dev_source=str(path), labels="ab")
+
+
+def test_movies_need_their_labels():
+    with pytest.raises(UserError, match="'negative' has no label word"):
+        load_splits("movies", labels=["bad", "good"])
+
+
+def test_collator_pads_on_the_right():
+    batch = RightPad(9)([{"input_ids": [1, 2, 3], "labels": 1}, {"input_ids": [4], "labels": 0}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert all(str(tensor.dtype) == "torch.int64" for tensor in batch.values())
+
+
+def test_prompts_by_length_and_empty():
+    prompts = Prompts([[1], [1, 2, 3], [1, 2]], [0, 1, 0])
+    assert [len(row["input_ids"]) for row in prompts.by_length()] == [3, 2, 1]
+    assert prompts.by_length()[0]["labels"] == 1
+    with pytest.raises(UserError, match="dataset is empty"):
+        Prompts([], [])
+    with pytest.raises(ValueError, match="2 prompts and 1 labels"):
+        Prompts([[1], [2]], [0])
+
+
+def test_trainer_groups_our_dataset_by_length():
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = random.Random(0)
+    prompts = Prompts([[1] * generator.randint(1, 50) for _ in range(200)], [0] * 200)
+    order = list(LengthGroupedSampler(4, dataset=prompts))
+    assert sorted(order) == list(range(200))
+    lengths = [len(prompts[index]["input_ids"]) for index in order]
+    spread = [max(lengths[i : i + 4]) - min(lengths[i : i + 4]) for i in range(0, 200, 4)]
+    assert sum(spread) / len(spread) < 4  # about 30 without grouping
