@@ -5,11 +5,15 @@ positions, and here even of all words that are no label, are never computed.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .probe_tokens import CopiedPrompts, focused, last_real_token, one_copy_below
+from .tuner import TTModel
 
 
 def _language_model(model: nn.Module) -> nn.Module:
@@ -17,23 +21,41 @@ def _language_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _tt_model(model: nn.Module) -> TTModel | None:
+    return getattr(model, "base_model", None) if isinstance(getattr(model, "base_model", None), TTModel) else None
+
+
+def _acts_on_last_token(model: nn.Module) -> bool:
+    tt_model = _tt_model(model)
+    return tt_model is not None and any(c.positions == "last" for c in tt_model.peft_config.values())
+
+
 def _is_right_padded(mask: torch.Tensor) -> bool:
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the last hidden states ``[rows, tokens, width]`` of a causal language model, without its head.
 
-    With padding on the right the mask is left out: no real token of a causal model attends to a padded one, and the
+    The mask is ``[rows, tokens]`` with 1 for real tokens, or additive ``[rows, 1, tokens, tokens]``. With padding on the right the mask is left out: no real token of a causal model attends to a padded one, and the
     attention kernels without a mask are faster.
     """
     language_model = _language_model(model)
-    if attention_mask is not None and not language_model.config.is_encoder_decoder and _is_right_padded(attention_mask):
+    plain = attention_mask is not None and attention_mask.ndim == 2 and not language_model.config.is_encoder_decoder
+    if plain and _is_right_padded(attention_mask):
         attention_mask = None
     backbone = language_model.base_model
     if backbone is language_model:
         raise ValueError(f"expected a model with a language-model head, got {type(language_model).__name__}")
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return backbone(**inputs).last_hidden_state
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
@@ -108,12 +130,44 @@ class LabelWords:
         """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
         ids, mask = trim(batch["input_ids"], batch["attention_mask"])
         if self.rows_per_example == 1:
-            last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # last real position, whichever side is padded
-            hidden = hidden_states(model, ids, mask)
+            last = last_real_token(mask)
+            with focused(_tt_model(model), last):
+                hidden = hidden_states(model, ids, mask)
             rows = torch.arange(len(ids), device=ids.device)
-            words = torch.tensor([t[0] for t in self.tokens], device=ids.device)
-            return head_logits(model, hidden[rows, last], words)
+            return head_logits(model, hidden[rows, last], self._first_tokens(ids.device))
+        if _acts_on_last_token(model):
+            raise ValueError(
+                f"adapters with positions='last' score label words of one token, got {self.words} of "
+                f"{[len(t) for t in self.tokens]} tokens; use positions='all' or other words"
+            )
         return self._scores_of_long_words(model, ids, mask)
+
+    def losses_at_copies(
+        self, model: nn.Module, batch: Mapping[str, Any], copies: int, share_prefix: str | None = None
+    ) -> torch.Tensor:
+        """Return the losses at ``copies`` copies of every prompt's last token, ``[B, copies]`` float32.
+
+        Args:
+            model: a model with active probe tokens (``adazeta.probe_tokens``).
+            batch: input_ids, attention_mask, labels.
+            copies: C, probes per row.
+            share_prefix: name of the adapter below whose first block one copy is enough, or None.
+        """
+        ids, mask = trim(batch["input_ids"], batch["attention_mask"])
+        inputs = CopiedPrompts.of(ids, mask, copies, next(_language_model(model).parameters()).dtype)
+        shared = (
+            nullcontext()
+            if share_prefix is None
+            else one_copy_below(_tt_model(model), share_prefix, inputs.input_ids.shape[1], copies)
+        )
+        with shared:
+            hidden = hidden_states(model, inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+        logits = head_logits(model, hidden[:, -copies:].flatten(0, 1), self._first_tokens(ids.device))
+        labels = batch["labels"].repeat_interleave(copies)
+        return F.cross_entropy(logits, labels, reduction="none").view(-1, copies)
+
+    def _first_tokens(self, device) -> torch.Tensor:
+        return torch.tensor([ids[0] for ids in self.tokens], device=device)
 
     def _scores_of_long_words(self, model, ids, mask) -> torch.Tensor:
         count, device = len(self.tokens), ids.device

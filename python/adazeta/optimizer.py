@@ -10,6 +10,7 @@ from adazeta_kernels import derive_seeds
 
 from .estimator import coefficients, probe_signs, projected_gradients
 from .journal import Journal, decayed_views, sha256_of
+from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, batch_size, evaluate_probes
 from .recording import describe_run
 from .schedule import as_schedule
@@ -100,7 +101,7 @@ class ZerothOrder(torch.optim.Optimizer):
         parameters = [layer.tt_theta[self.adapter] for _, layer in layers] + list(self.others.values())
         if not parameters:
             raise ValueError("the model has no trainable parameter; add an adapter or set requires_grad")
-        self.step_index = self.rows = self.dropped = self.clipped = 0
+        self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
         self.journal: Journal | None = None
         self._momentum: list[torch.Tensor] = []
@@ -137,21 +138,36 @@ class ZerothOrder(torch.optim.Optimizer):
         theta = [] if virtual or self.tt_model is None else [self.tt_model.theta(self.adapter)]
         if virtual:
             self.tt_model.theta(self.adapter)  # offsets are those of the flat vector
-        losses = evaluate_probes(
-            plan,
-            batch,
-            lambda rows: loss_fn(self.model, rows),
-            tt_model=self.tt_model if virtual else None,
-            adapter=self.adapter,
-            in_place=theta + [p.data for p in self.others.values()],
-            in_place_offset=self.tt_model.theta(self.adapter).numel() if virtual else 0,
-            distribution=self.distribution,
-            probes_per_forward=self.probes_per_forward,
-            share_prefix=self.share_prefix,
-        )
+        if virtual and not self.others and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
+            losses, rows = evaluate_probe_tokens(
+                plan,
+                batch,
+                self.model,
+                loss_fn,
+                tt_model=self.tt_model,
+                adapter=self.adapter,
+                distribution=self.distribution,
+                probes_per_forward=self.probes_per_forward,
+                share_prefix=self.share_prefix,
+            )
+        else:
+            rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
+            losses = evaluate_probes(
+                plan,
+                batch,
+                lambda part: loss_fn(self.model, part),
+                tt_model=self.tt_model if virtual else None,
+                adapter=self.adapter,
+                in_place=theta + [p.data for p in self.others.values()],
+                in_place_offset=self.tt_model.theta(self.adapter).numel() if virtual else 0,
+                distribution=self.distribution,
+                probes_per_forward=self.probes_per_forward,
+                share_prefix=self.share_prefix,
+            )
         self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))
         self._seeds_used += len(seeds)
-        self.rows += plan.rows * getattr(loss_fn, "rows_per_example", 1)
+        self.rows += rows
+        self.evaluations += losses.numel()
         finite = torch.isfinite(losses)
         return float(losses[finite].double().mean()) if finite.any() else float("nan")
 
@@ -210,6 +226,7 @@ class ZerothOrder(torch.optim.Optimizer):
         own = {
             "step": self.step_index,
             "rows": self.rows,
+            "evaluations": self.evaluations,
             "dropped": self.dropped,
             "clipped": self.clipped,
             "run_seed": self.run_seed,
@@ -230,7 +247,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if own["momentum"] and [m.shape for m in own["momentum"]] != shapes:
             raise ValueError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.step_index, self.rows = own["step"], own["rows"]
+        self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
         self.dropped, self.clipped = own["dropped"], own["clipped"]
         self._momentum = [m.to(t.device).clone() for m, t in zip(own["momentum"], self.trainable().tensors)]
 

@@ -29,8 +29,8 @@ class ZOTrainer(Trainer):
         journal: write ``journal.azj`` into ``args.output_dir``.
         **kwargs: those of ``transformers.Trainer``.
 
-    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` and ``queries`` so far, ``rows_per_s``
-    since the last log, ``spread`` of the projected gradients and ``dropped`` queries.
+    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model)
+    and ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the projected gradients and ``dropped`` queries.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class ZOTrainer(Trainer):
             self._last_log = (now, optimizer.rows)
             logs.update(
                 rows=optimizer.rows,
+                evaluations=optimizer.evaluations,
                 queries=self._queries,
                 rows_per_s=rows / seconds if seconds > 0 else 0.0,
                 spread=optimizer.spread,

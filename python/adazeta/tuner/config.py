@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftType
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "identity")
 INITS = ("identity", "paper")
+POSITIONS = ("all", "last")
 
 
 @dataclass
@@ -22,6 +23,10 @@ class TTConfig(PeftConfig):
         act: ``relu | gelu | silu | tanh | identity`` between ``down`` and ``up``.
         bias: whether ``down`` and ``up`` carry a bias.
         scale: factor on the adapter's branch.
+        positions: ``"all"`` tokens as published, or ``"last"``: only the last token of a prompt, the one that is scored.
+            No probe then changes what earlier tokens look like, so a prompt runs once for all probes and a probe costs
+            one token (``adazeta.probe_tokens``). For label words of one token; with a KV cache, generated tokens are
+            adapted as well.
         init: ``"identity"`` (last core of ``up`` zero, so the adapted model starts as the base model) or ``"paper"``
             (all cores random, which changes the model before the first step).
         init_gain: standard deviation of ``down``'s output for a unit-variance input, at initialisation.
@@ -43,6 +48,7 @@ class TTConfig(PeftConfig):
     act: str = field(default="relu", metadata={"help": "relu | gelu | silu | tanh | identity"})
     bias: bool = field(default=True, metadata={"help": "biases on down and up"})
     scale: float = field(default=1.0, metadata={"help": "factor on the adapter's branch"})
+    positions: str = field(default="all", metadata={"help": "all | last: which tokens the adapters act on"})
     init: str = field(default="identity", metadata={"help": "identity | paper"})
     init_gain: float = field(default=1.0, metadata={"help": "std of down's output for unit-variance input"})
     init_seed: int = field(default=0, metadata={"help": "64-bit seed of the initial numbers"})
@@ -65,6 +71,8 @@ class TTConfig(PeftConfig):
             raise ValueError(f"act must be one of {ACTIVATIONS}, got {self.act!r}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias must be True or False (biases of the TT linears), got {self.bias!r}")
         if not 0 <= self.init_seed < 2**64:

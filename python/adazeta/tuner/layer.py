@@ -6,6 +6,7 @@ from torch import nn
 
 from adazeta_kernels import TTAdapterLayout, tt_adapter, tt_factors
 
+from ..probe_tokens import ProbeTokens
 from ..probes import Probes
 
 # One probe of scale 0.
@@ -20,7 +21,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tt_theta",)
-    other_param_names = ("layout", "placement", "act", "scale", "offset")
+    other_param_names = ("layout", "placement", "act", "scale", "positions", "offset")
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -30,18 +31,21 @@ class TTLayer(nn.Module, BaseTunerLayer):
         self.placement: dict[str, str] = {}
         self.act: dict[str, str] = {}
         self.scale: dict[str, float] = {}
+        self.positions: dict[str, str] = {}
         self.offset: dict[str, int] = {}
         self.probes: Probes | None = None  # set only inside adazeta.probes.probing()
+        self.focus: torch.Tensor | ProbeTokens | None = None  # set only inside adazeta.probe_tokens.focused()
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def add_adapter(self, name, layout, placement, act, scale, offset, theta):
+    def add_adapter(self, name, layout, placement, act, scale, positions, offset, theta):
         """Register adapter ``name`` with initial numbers ``theta`` (``[layout.numel]``) at ``offset`` in the flat one."""
         self.tt_theta[name] = nn.Parameter(theta)
         self.layout[name] = layout
         self.placement[name] = placement
         self.act[name] = act
         self.scale[name] = float(scale)
+        self.positions[name] = positions
         self.offset[name] = offset
 
     def cores(self, name: str = "default") -> dict[str, torch.Tensor]:
@@ -64,6 +68,20 @@ class TTLayer(nn.Module, BaseTunerLayer):
         return out
 
     def _adapt(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if self.positions[name] == "all":
+            return self._adapt_rows(x, name)
+        if isinstance(self.focus, ProbeTokens):
+            first = x.shape[1] - self.focus.copies
+            y = self.focus.to_rows(self._adapt_rows(self.focus.to_probes(x[:, first:]), name))
+            return torch.cat((x[:, :first], y), dim=1)
+        if self.focus is None:  # no padding behind the last token: generation, or a prompt alone
+            return torch.cat((x[:, :-1], self._adapt_rows(x[:, -1:], name)), dim=1)
+        rows = torch.arange(len(x), device=x.device)
+        y = self._adapt_rows(x[rows, self.focus].unsqueeze(1), name)
+        return x.index_put((rows, self.focus), y.squeeze(1))
+
+    def _adapt_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Apply the adapter to every token of ``x``, dimension 0 probe-major where probes are active."""
         theta, layout = self.tt_theta[name], self.layout[name]
         probes = self.probes if self.probes is not None and self.probes.adapter == name else None
         count = 1 if probes is None else len(probes)

@@ -10,6 +10,7 @@ from torch import nn
 
 from adazeta_kernels import TTAdapterLayout
 
+from ..probe_tokens import last_real_token, set_focus
 from .config import TTConfig
 from .init import initial_theta
 from .layer import TTLayer
@@ -28,6 +29,7 @@ class TTModel(BaseTuner):
 
     def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None):
         self._theta: dict[str, torch.Tensor] = {}
+        self._focuses = False
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
     @staticmethod
@@ -63,7 +65,9 @@ class TTModel(BaseTuner):
             theta = initial_theta(
                 layout, init=config.init, gain=config.init_gain, seed=config.init_seed, offset=offset
             ).to(device)
-        layer.add_adapter(adapter_name, layout, placement, config.act, config.scale, offset, theta)
+        layer.add_adapter(
+            adapter_name, layout, placement, config.act, config.scale, config.positions, offset, theta
+        )
         if adapter_name not in self.active_adapters:
             layer.tt_theta[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -82,8 +86,13 @@ class TTModel(BaseTuner):
             )
         return width
 
-    def _post_injection_hook(self, model, config, adapter_name):
+    def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._theta.pop(adapter_name, None)
+        if self.peft_config[adapter_name].positions == "last" and not self._focuses:
+            self._focuses = True
+            model.register_forward_pre_hook(self._focus_on_last_tokens, with_kwargs=True)
+            model.register_forward_hook(self._forget_focus, always_call=True)
         if all(p.device.type != "meta" for p in self._parameters_of(adapter_name)):
             self.theta(adapter_name)
 
@@ -160,6 +169,17 @@ class TTModel(BaseTuner):
             offset += p.numel()
         self._theta[adapter_name] = flat
         return flat
+
+    def _focus_on_last_tokens(self, model, args, kwargs):
+        """Find the last real token of every row, for adapters with ``positions="last"``, from the padding mask."""
+        mask = kwargs.get("attention_mask")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if mask is None or ids is None or mask.ndim != 2 or mask.shape != ids.shape or bool(mask[:, -1].all()):
+            return  # every row ends with a real token (or this is a step of cached generation)
+        set_focus(self, last_real_token(mask))
+
+    def _forget_focus(self, model, args, output):
+        set_focus(self, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

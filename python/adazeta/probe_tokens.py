@@ -1,0 +1,222 @@
+"""One token per probe: what adapters that act on the last prompt token alone (``positions="last"``) make possible.
+
+No probe of such adapters changes any earlier token, so a prompt of T tokens need not pass once per probe. It passes
+once, with C copies of its last token behind it, one per probe: every copy has the position T - 1, sees the T - 1 tokens
+before it and itself, and is adapted with its own factors. A loss then costs one token instead of T::
+
+    columns     0 ... T-2        T-1 ... T-2+C
+    tokens      the prompt       C copies of the last token
+    a copy sees all of them      itself
+
+Blocks below the first adapter see the same copy C times, so they get it once.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ProbeTokens:
+    """Where the copies are, for the adapted layers: the last ``copies`` tokens of every row.
+
+    Args:
+        copies: C, probes per row.
+        groups: G groups of rows; the rows of a group share their probes.
+    """
+
+    copies: int
+    groups: int
+
+    def to_probes(self, x: torch.Tensor) -> torch.Tensor:
+        """``[G * R, C, d]`` -> ``[G * C, R, d]``: dimension 0 is the probe, group-major."""
+        rows = x.shape[0] // self.groups
+        return x.unflatten(0, (self.groups, rows)).transpose(1, 2).reshape(-1, rows, x.shape[2])
+
+    def to_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``to_probes``."""
+        return x.unflatten(0, (self.groups, self.copies)).transpose(1, 2).flatten(0, 1)
+
+
+def last_real_token(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of the last unmasked token of every row, ``[rows]``, whichever side is padded."""
+    return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+def set_focus(tt_model, focus: "torch.Tensor | ProbeTokens | None") -> None:
+    """Tell the layers with ``positions="last"`` which tokens to adapt: a position per row, probe tokens, or the last."""
+    for name in tt_model.peft_config:
+        for _, layer in tt_model.tt_layers(name):
+            layer.focus = focus
+
+
+@contextmanager
+def focused(tt_model, focus: "torch.Tensor | ProbeTokens | None") -> Iterator[None]:
+    """``set_focus`` for the duration of the ``with`` statement; ``tt_model`` may be None."""
+    if tt_model is not None:
+        set_focus(tt_model, focus)
+    try:
+        yield
+    finally:
+        if tt_model is not None:
+            set_focus(tt_model, None)
+
+
+@dataclass(frozen=True)
+class CopiedPrompts:
+    """Model inputs with C copies of every prompt's last token.
+
+    Args:
+        input_ids: ``[B, T - 1 + C]``.
+        position_ids: the same shape.
+        attention_mask: additive, ``[B, 1, L, L]`` with ``L = T - 1 + C``.
+        copies: C.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    copies: int
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, copies: int, dtype: torch.dtype):
+        """Build the inputs from prompts padded on either side."""
+        rows, tokens = input_ids.shape
+        device, last = input_ids.device, last_real_token(attention_mask)
+        prompt = tokens - 1
+        length = prompt + copies
+        ids = torch.cat((input_ids[:, :prompt], input_ids.gather(1, last[:, None]).expand(-1, copies)), 1)
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
+        position_ids = torch.cat((positions[:, :prompt], positions.gather(1, last[:, None]).expand(-1, copies)), 1)
+        column = torch.arange(length, device=device)
+        real = torch.nn.functional.pad(attention_mask[:, :prompt].bool(), (0, copies))
+        causal = (column[None, :] <= column[:, None]) & (column[None, :] < prompt)
+        # A copy sees the real tokens before the last one; the last one itself may stand among the prompt's columns.
+        before = real & (column < last[:, None])
+        seen = torch.where((column < prompt)[None, :, None], (causal & real[:, None, :]), before[:, None, :])
+        seen |= torch.eye(length, dtype=torch.bool, device=device)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return cls(ids, position_ids, mask[:, None], copies)
+
+
+@contextmanager
+def one_copy_below(tt_model, adapter: str, length: int, copies: int) -> Iterator[bool]:
+    """Give the blocks below the first adapter one copy instead of ``copies``; yields whether any block profits.
+
+    Args:
+        tt_model: a ``TTModel`` whose adapted layers sit in one list of blocks.
+        adapter: name of the adapter.
+        length: tokens of a row with all copies.
+        copies: C.
+    """
+    found = tt_model.block_list(adapter)
+    if found is None or found[1] == 0 or copies == 1:
+        yield False
+        return
+    name, first = found
+    blocks = tt_model.model.get_submodule(name)
+    short = length - copies + 1
+
+    def cut(key, value):
+        if key == "attention_mask" and torch.is_tensor(value):
+            return value[..., :short, :short]
+        if key == "position_embeddings":
+            return tuple(v[:, :short] for v in value)
+        if key == "position_ids" and torch.is_tensor(value):
+            return value[:, :short]
+        if key == "hidden_states":
+            return value[:, :short]
+        if torch.is_tensor(value) and length in value.shape:
+            raise ValueError(f"cannot shorten the block argument {key!r} of shape {tuple(value.shape)}")
+        return value
+
+    def enter(module, args, kwargs):
+        if args:
+            args = (cut("hidden_states", args[0]), *args[1:])
+        return args, {key: cut(key, value) for key, value in kwargs.items()}
+
+    def leave(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = torch.cat((hidden[:, :-1], hidden[:, -1:].expand(-1, copies, -1)), 1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handles = [blocks[i].register_forward_pre_hook(enter, with_kwargs=True) for i in range(first)]
+    handles.append(blocks[first].register_forward_pre_hook(leave, with_kwargs=True))
+    try:
+        yield True
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def can_use_probe_tokens(tt_model, adapter: str, loss_fn) -> bool:
+    """Whether the adapter acts on the last token alone and the loss knows how to score copies of it."""
+    return (
+        tt_model is not None
+        and tt_model.peft_config[adapter].positions == "last"
+        and getattr(loss_fn, "rows_per_example", 0) == 1
+        and hasattr(loss_fn, "losses_at_copies")
+    )
+
+
+@torch.no_grad()
+def evaluate_probe_tokens(
+    plan,
+    batch: Mapping[str, Any],
+    model,
+    loss_fn,
+    *,
+    tt_model,
+    adapter: str,
+    distribution: str = "gaussian",
+    probes_per_forward: int | None = None,
+    share_prefix: bool = True,
+) -> tuple[torch.Tensor, int]:
+    """Return the loss of every row at every probe, as ``adazeta.probes.evaluate_probes``, and the rows it cost.
+
+    Args:
+        plan: the probes.
+        batch: input_ids and attention_mask ``[B, T]`` and what else the loss needs, examples in dimension 0.
+        model: what ``loss_fn.losses_at_copies(model, batch, copies)`` gets.
+        loss_fn: a loss with that method, ``LabelWords`` for one.
+        probes_per_forward: most copies in one forward, over all its rows; by default from the number of tokens.
+
+    Returns:
+        Losses ``[G, Q, S, rows_per_probe]`` float32 on the CPU, and the number of prompts that passed the model.
+    """
+    from .probes import TOKENS_PER_FORWARD, Probes, probing, take_rows
+
+    per_row = len(plan) // plan.groups
+    # Groups are kept whole; a single group (all examples share their probes) is cut by rows.
+    unit = plan.rows_per_probe if plan.groups > 1 else 1
+    ids = batch["input_ids"]
+    limit = TOKENS_PER_FORWARD.get(ids.device.type, TOKENS_PER_FORWARD["default"])
+    copies = min(per_row, probes_per_forward or per_row)
+    budget = probes_per_forward // copies if probes_per_forward else limit // (ids.shape[1] - 1 + copies)
+    step = max(unit, budget - budget % unit)
+    blocks, rows_done = [], 0
+    for first_row in range(0, len(ids), step):
+        rows = torch.arange(first_row, min(first_row + step, len(ids)))
+        part = take_rows(batch, rows)
+        groups = len(rows) // plan.rows_per_probe if plan.groups > 1 else 1
+        first_group = first_row // plan.rows_per_probe if plan.groups > 1 else 0
+        pieces = []
+        for first_copy in range(0, per_row, copies):
+            count = min(copies, per_row - first_copy)
+            chosen = [
+                plan.probe((first_group + g) * per_row + first_copy + c) for g in range(groups) for c in range(count)
+            ]
+            probes = Probes.of([p[0] for p in chosen], [p[1] for p in chosen], adapter, distribution)
+            with ExitStack() as stack:
+                stack.enter_context(probing(tt_model, probes))
+                stack.enter_context(focused(tt_model, ProbeTokens(count, groups)))
+                pieces.append(loss_fn.losses_at_copies(model, part, count, adapter if share_prefix else None).float())
+            rows_done += len(rows)
+        blocks.append(torch.cat(pieces, 1))  # [rows, per_row]
+    losses = torch.cat(blocks).cpu()
+    queries = per_row // len(plan.signs)
+    losses = losses.view(plan.groups, plan.rows_per_probe, queries, len(plan.signs))
+    return losses.permute(0, 2, 3, 1), rows_done
