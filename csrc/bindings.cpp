@@ -45,12 +45,12 @@ Distribution checked_distribution(int code) {
   return static_cast<Distribution>(code);
 }
 
-// Waking a thread costs about as much as this many elements.
-constexpr int64_t kElementsPerThread = 16384;
+// Fewer elements than this are done before another thread is awake.
+constexpr int64_t kElementsPerThread = 32768;
 
 int32_t useful_threads(int threads, int64_t elements) {
   if (threads < 1) throw py::value_error("expected at least 1 thread, got " + std::to_string(threads));
-  const int64_t useful = 1 + elements / kElementsPerThread;
+  const int64_t useful = elements < kElementsPerThread ? 1 : elements / kElementsPerThread;
   return useful < threads ? static_cast<int32_t>(useful) : threads;
 }
 

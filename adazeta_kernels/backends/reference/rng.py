@@ -13,7 +13,8 @@ import torch
 _WORD = np.uint64(0xFFFFFFFF)
 _CHUNK = 1 << 17  # elements; bounds the temporary arrays to about 20 MB
 
-# float32 coefficients, highest power first: -2 ln(1 - a) = a Q(a), sin(pi/2 x) = x S(x^2), cos(pi/2 x) = 1 + x^2 C(x^2).
+# float32 coefficients, highest power first, of
+# -2 ln(1 - a) = a Q(a), sin(pi/2 x) = x S(x^2), cos(pi/2 x) = 1 + x^2 C(x^2).
 LOG = [
     float.fromhex(c)
     for c in (
