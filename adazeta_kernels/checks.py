@@ -38,9 +38,11 @@ def one_of(op: str, name: str, value, known: Sequence[str]) -> None:
 
 def finite(op: str, name: str, value) -> float:
     """A finite Python float."""
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, torch.Tensor):
+    number = isinstance(value, (int, float)) or (hasattr(value, "__float__") and not isinstance(value, torch.Tensor))
+    if not number or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
+    # While torch.compile traces, a number may be symbolic; the op then checks its value when it runs.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
     return float(value)
 
@@ -61,7 +63,8 @@ def offset(op: str, value) -> int:
 
 
 def _integer(op, name, value):
-    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+    integer = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, torch.Tensor))
+    if not integer or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r} of type {type(value).__name__}")
     return index(value)
 

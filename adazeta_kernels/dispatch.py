@@ -2,7 +2,7 @@
 
 `backend=` of a call wins over the environment variable `ADAZETA_BACKEND`; both take auto, native, triton or reference.
 A backend that is named and cannot run raises with the reason. `auto` takes the first that can and logs once why an
-earlier one could not. Nothing is imported, and no GPU is touched, before the first call.
+earlier one could not. No other backend than the reference is imported, and no GPU touched, before the first call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from adazeta_kernels.backends import reference as _reference
 
 NAMES = ("native", "triton", "reference")
 ENVIRONMENT = "ADAZETA_BACKEND"
@@ -57,7 +59,7 @@ def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
 
 def reference(op: str) -> Callable:
     """The reference function of `op`, which is differentiable."""
-    return getattr(_load("reference")[0], op)
+    return getattr(_reference, op)
 
 
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:

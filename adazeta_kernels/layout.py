@@ -102,6 +102,8 @@ class TTShape:
             if rank < 1:
                 raise ValueError(f"rank must be at least 1, got {rank}")
             return cls(tuple(in_factors), tuple(out_factors), (rank,) * (len(dims) - 1))
+        if isinstance(rank, bool) or not isinstance(rank, Sequence):
+            raise TypeError(f"rank must be an integer or one integer per bond, got {rank!r}")
         ranks = _int_tuple("rank", rank)
         for bond, value in enumerate(ranks[: len(dims) - 1]):
             limit = min(prod(dims[: bond + 1]), prod(dims[bond + 1 :]))
@@ -236,8 +238,8 @@ class TTAdapterLayout:
         """Cut factors `(P, factor_numel)` into views.
 
         Returns:
-            Tuple of `L1 (P, d, r1)`, `R1 (P, r1, b)`, `b1 (P, b)` or None, `L2 (P, b, r2)`, `R2 (P, r2, d)`, `b2 (P, d)`
-            or None. Each bias lies right behind its `R`, see `split_augmented`.
+            `L1 (P, d, r1)`, `R1 (P, r1, b)`, `b1 (P, b)`, `L2 (P, b, r2)`, `R2 (P, r2, d)`, `b2 (P, d)`; None in place
+            of the biases where the layout has none. Each bias lies right behind its `R`, see `split_augmented`.
 
         Raises:
             ValueError: `factors` is not of shape `(P, factor_numel)`.
@@ -283,11 +285,14 @@ class TTAdapterLayout:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=1024)
 def balanced_factors(size: int, name: str = "width") -> tuple[int, ...]:
     """Split `size` into the three factors with the smallest sum, in ascending order; two where it has only two primes.
 
     4096 -> (16, 16, 16), 768 -> (8, 8, 12), 11008 -> (16, 16, 43), 77 -> (7, 11).
+
+    Args:
+        size: the width to split.
+        name: what the error calls it, "width" or "bottleneck".
 
     Raises:
         TypeError: `size` is not an integer.
@@ -297,12 +302,8 @@ def balanced_factors(size: int, name: str = "width") -> tuple[int, ...]:
         raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
     if size < 4:
         raise ValueError(f"{name} {size} is too small for a TT shape, expected at least 4")
-    divisors = [k for k in range(2, isqrt(size) + 1) if size % k == 0]
-    triples = [
-        (a, b, size // (a * b)) for a in divisors for b in divisors if a <= b <= size // (a * b) and size % (a * b) == 0
-    ]
-    best = min(triples or [(a, size // a) for a in divisors], key=sum, default=(size,))
-    if len(best) > 1 and best[-1] <= max(_HARMLESS_FACTOR, 2 * isqrt(size)):
+    best = _best_factors(size)
+    if _is_balanced(size, best):
         return best
     what = "is prime" if len(best) == 1 else f"is nearly prime (largest factor {best[-1]})"
     if name == "bottleneck":
@@ -316,15 +317,23 @@ def balanced_factors(size: int, name: str = "width") -> tuple[int, ...]:
     raise ValueError(f"{name} {size} {what}: {advice}")
 
 
-def _nearest_balanced(size: int) -> tuple[int, int]:
-    def balanced(k):
-        try:
-            return bool(balanced_factors(k))
-        except ValueError:
-            return False
+@lru_cache(maxsize=1024)
+def _best_factors(size: int) -> tuple[int, ...]:
+    divisors = [k for k in range(2, isqrt(size) + 1) if size % k == 0]
+    triples = [
+        (a, b, size // (a * b)) for a in divisors for b in divisors if a <= b <= size // (a * b) and size % (a * b) == 0
+    ]
+    return min(triples or [(a, size // a) for a in divisors], key=sum, default=(size,))
 
-    below = next((k for k in range(size - 1, 3, -1) if balanced(k)), 4)
-    return below, next(k for k in range(max(size + 1, 5), 2 * size + 8) if balanced(k))
+
+def _is_balanced(size: int, factors: tuple[int, ...]) -> bool:
+    return len(factors) > 1 and factors[-1] <= max(_HARMLESS_FACTOR, 2 * isqrt(size))
+
+
+def _nearest_balanced(size: int) -> tuple[int, int]:
+    below = (k for k in range(size - 1, 3, -1) if _is_balanced(k, _best_factors(k)))
+    above = (k for k in range(size + 1, 2 * size) if _is_balanced(k, _best_factors(k)))
+    return next(below, 4), next(above, 2 * size)
 
 
 def _int_tuple(name: str, values) -> tuple[int, ...]:

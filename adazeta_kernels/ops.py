@@ -23,7 +23,7 @@ _lib = torch.library.Library("adazeta", "DEF")
 
 
 def _register(schema: str, impl, fake) -> None:
-    """Register one op for all devices. `define/impl` costs a few microseconds a call, `custom_op` several times that."""
+    """Register one op for all devices; a call costs a few microseconds, one of `custom_op` several times that."""
     name = schema.partition("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, impl, "CompositeExplicitAutograd")
@@ -180,7 +180,8 @@ def tt_factors(
         distribution: "gaussian" or "rademacher".
 
     Returns:
-        `(P, F)` with F = `layout.factor_numel`, dtype of theta; `layout.split_factors` cuts it into L1, R1, b1, L2, R2, b2.
+        `(P, F)` with F = `layout.factor_numel`, dtype of theta; `layout.split_factors` cuts it into L1, R1, b1, L2, R2
+        and b2.
 
     Raises:
         TypeError: wrong dtype of theta, seeds or scales, or `layout` is no TTAdapterLayout.
@@ -199,7 +200,7 @@ def tt_factors(
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
     offset = checks.offset("tt_factors", offset)
     if dispatch.any_requires_grad(theta):
-        _tt_factors_fake(theta, layout._encoded, seeds, scales, offset, distribution, backend)
+        _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
         return run(theta, layout, seeds, scales, offset, distribution)
@@ -208,7 +209,8 @@ def tt_factors(
 
 
 def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
-    layout = _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+    layout = TTAdapterLayout.decode(layout)
+    _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
     checks.finite_scales("tt_factors", scales)
     run = dispatch.select("tt_factors", backend, theta.device, theta.dtype)
     if run is dispatch.reference("tt_factors"):
@@ -218,16 +220,15 @@ def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
     return run(theta, layout, seeds, scales, offset, distribution)
 
 
-def _tt_factors_checks(theta, code, seeds, scales, offset, distribution):
-    layout = TTAdapterLayout.decode(code)
+def _tt_factors_checks(theta, layout, seeds, scales, offset, distribution):
     checks.tt_factors(theta, layout, offset)
     checks.seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
     checks.one_of("tt_factors", "distribution", distribution, checks.DISTRIBUTIONS)
-    return layout
 
 
 def _tt_factors_fake(theta, layout, seeds, scales, offset, distribution, backend):
-    layout = _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+    layout = TTAdapterLayout.decode(layout)
+    _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
     return theta.new_empty((seeds.shape[0], layout.factor_numel))
 
 
@@ -277,26 +278,25 @@ def tt_adapter(
     checks.is_layout("tt_adapter", layout)
     scale = checks.finite("tt_adapter", "scale", scale)
     if dispatch.any_requires_grad(x, factors):
-        _tt_adapter_fake(x, factors, layout._encoded, act, scale, backend)
+        _tt_adapter_checks(x, factors, layout, act, scale)
         return dispatch.differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
     return torch.ops.adazeta.tt_adapter.default(x, factors, layout._encoded, act, scale, backend)
 
 
 def _tt_adapter(x, factors, layout, act, scale, backend):
-    layout = _tt_adapter_checks(x, factors, layout, act, scale)
+    layout = TTAdapterLayout.decode(layout)
+    _tt_adapter_checks(x, factors, layout, act, scale)
     return dispatch.select("tt_adapter", backend, x.device, x.dtype)(x, factors, layout, act, scale)
 
 
-def _tt_adapter_checks(x, factors, code, act, scale):
-    layout = TTAdapterLayout.decode(code)
+def _tt_adapter_checks(x, factors, layout, act, scale):
     checks.tt_adapter(x, factors, layout)
     checks.one_of("tt_adapter", "act", act, checks.ACTS)
     checks.finite("tt_adapter", "scale", scale)
-    return layout
 
 
 def _tt_adapter_fake(x, factors, layout, act, scale, backend):
-    _tt_adapter_checks(x, factors, layout, act, scale)
+    _tt_adapter_checks(x, factors, TTAdapterLayout.decode(layout), act, scale)
     return x.new_empty(x.shape)
 
 

@@ -136,7 +136,7 @@ def _low_rank_linear(x, base, A, B, scale):
 
 
 def _in_blocks(fn, x, base, d_out, *per_probe):
-    """`fn(x, base, *per_probe)` in fp32, over blocks of probes or tokens, so that no fp32 copy of a whole activation exists.
+    """Run `fn(x, base, *per_probe)` in fp32 block by block, so that no fp32 copy of a whole activation exists.
 
     x `(P, T, d_in)` and base `(P, T, d_out)` or None are half precision; per_probe tensors have P first, or are None.
     """
