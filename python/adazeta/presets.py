@@ -16,15 +16,52 @@ class Preset:
 
 
 PRESETS = {
+    "default": Preset(
+        tt={
+            "rank": 2,
+            "bottleneck": 8,
+            "sites": ["down_proj"],
+            "act": "identity",
+            "bias": False,
+            "init": "identity",
+            "positions": "last",
+            "layers_to_transform": list(range(10, 20)),
+        },
+        zo={
+            "eps": 0.03,
+            "queries": 8,
+            "directions": "example",
+            "difference": "central",
+            "combine": "spread",
+            "floor": 1e-3,
+            "clip": 3.0,
+            "momentum": 0.9,
+            "distribution": "rademacher",
+        },
+        train={
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "max_steps": 400,
+            "per_device_train_batch_size": 16,
+            "weight_decay": 0.0,
+            "train_sampling_strategy": "group_by_length",
+        },
+    ),
     "paper": Preset(
-        tt=dict(rank=5, bottleneck=64, sites="paper", act="relu", bias=True, init="identity"),
-        zo=dict(
-            eps=1e-3,
-            queries=AdaptiveQueries(alpha=0.85, beta=0.45, maximum=20),
-            directions="batch",
-            difference="central",
-            combine="mean",
-        ),
-        train=dict(learning_rate=1e-4, weight_decay=0.01, per_device_train_batch_size=16, lr_scheduler_type="constant"),
+        tt={"rank": 5, "bottleneck": 64, "sites": "paper", "act": "relu", "bias": True, "init": "identity"},
+        zo={
+            "eps": 1e-3,
+            "queries": AdaptiveQueries(alpha=0.85, beta=0.45, maximum=20),
+            "directions": "batch",
+            "difference": "central",
+            "combine": "mean",
+        },
+        train={
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 16,
+            "weight_decay": 0.01,
+        },
     ),
 }
