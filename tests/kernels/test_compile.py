@@ -101,12 +101,17 @@ def test_token_count_may_change_without_a_new_graph():
     def call(x, scale):
         return kernels.tt_adapter(x, f, LAYOUT, scale=scale)
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
-    for tokens in (3, 5, 8):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, backend=counting, dynamic=True)
+    for tokens in (5, 7, 9):  # never 3: torch would take it for the number of probes
         x = torch.randn(3, tokens, 24)
         assert torch.equal(compiled(x, 0.5), call(x, 0.5))
-    assert counter.frame_count == 1
+    assert len(graphs) == 1
     with pytest.raises(ValueError, match="scale must be finite, got nan"):
         compiled(torch.randn(3, 3, 24), float("nan"))
 
