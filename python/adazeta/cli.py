@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if arguments.debug:
             raise
+        close_bars()
         print(f"adazeta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
+        close_bars()
         print("adazeta: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -125,6 +127,15 @@ def _add_run_flags(parser: argparse.ArgumentParser, output: str, *, overwrite: b
 def say(line: str) -> None:
     """Print a note to stderr, where progress goes."""
     print(line, file=sys.stderr, flush=True)
+
+
+def close_bars() -> None:
+    """Close progress bars that an error left open, so that what follows begins on a line of its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
 
 
 def _quiet() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,11 @@ class Classifier:
         return self.evaluate(examples, batch_size=batch_size)["probabilities"]
 
 
-def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Path:
-    """Return the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
+@contextmanager
+def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
+
+    It goes when the block fails, unless there is a checkpoint in it to resume from.
 
     Raises:
         UserError: ``output`` holds a run (and not ``overwrite``) or something else, or there is nothing to resume.
@@ -212,18 +216,26 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Path:
     if output.is_dir() and any(output.iterdir()) and not is_run(output):
         raise UserError(f"{output} is not empty and not a run folder: choose another --output")
     if resume:
-        if not partial.is_dir():
+        if not _checkpoints(partial):
             done = " (it is complete)" if is_run(output) else ""
             raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
-        return partial
-    if not overwrite and is_run(output):
-        raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
-    if not overwrite and partial.is_dir():
-        raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
-    with disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    return partial
+    else:
+        if not overwrite and is_run(output):
+            raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
+        if not overwrite and _checkpoints(partial):
+            raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
+        with disk_errors(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        if partial.is_dir() and not _checkpoints(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
 
 
 def close_partial(partial: Path, output: str | Path) -> None:

@@ -93,8 +93,6 @@ def training_arguments(
         batch = settings["batch_size"] * settings["accumulate"]
         steps = math.ceil(keywords.get("num_train_epochs", 3) * examples / batch)
     tenth = max(1, steps // 10)
-    if settings["group_by_length"]:
-        keywords["train_sampling_strategy"] = "group_by_length"
     keywords.update(
         output_dir=str(folder),
         seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
@@ -136,7 +134,7 @@ def fit(
     """
     from transformers import PrinterCallback
 
-    from adazeta import ZOTrainer
+    from adazeta.grouped import LengthGroupedTrainer
     from adazeta.progress import Bar, Limits, MetricsFile
 
     prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
@@ -147,7 +145,8 @@ def fit(
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
     try:
-        trainer = ZOTrainer(
+        trainer = LengthGroupedTrainer(
+            group_by_length=settings["group_by_length"],
             model=classifier.model,
             args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=resume),
             zo=zo_config(settings, preset),
@@ -169,8 +168,6 @@ def fit(
         raise Interrupted
     with disk_errors(folder):
         trainer.save_model(str(folder))
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
         for name in ("training_args.bin", "README.md"):  # a pickle of paths, and an empty form of a model card
             (folder / name).unlink(missing_ok=True)
     return Outcome(
@@ -222,12 +219,7 @@ def train(
         UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
-    import torch
-
     from adazeta.data import load_splits
-    from adazeta.demo import measure_memory
-    from adazeta.plots import draw_curves
-    from adazeta.progress import read_metrics
 
     splits = load_splits(
         settings["data"],
@@ -237,7 +229,17 @@ def train(
         label_column=settings["label_column"],
         say=say,
     )
-    partial = open_partial(output, resume=resume, overwrite=overwrite)
+    with open_partial(output, resume=resume, overwrite=overwrite) as partial:
+        return _train(settings, preset, splits, output, partial, resume=resume, test=test, say=say)
+
+
+def _train(settings, preset, splits, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
+    import torch
+
+    from adazeta.demo import measure_memory
+    from adazeta.plots import draw_curves
+    from adazeta.progress import read_metrics
+
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     classifier = new_classifier(settings, preset, say)
@@ -276,13 +278,16 @@ def train(
         "sentences": _shown(classifier, held_out, measured) if held_out else [],
         "machine": machine(),
     }
-    draw_curves(
-        lines,
-        partial / CURVES,
-        title=f"{Path(summary['base_model']).name}: {summary['adapter']['numbers']:,} numbers, forward passes only",
-        **summary["test"],
-    )
-    write_json(partial / SUMMARY, summary)
+    with disk_errors(partial):
+        draw_curves(
+            lines,
+            partial / CURVES,
+            title=f"{Path(summary['base_model']).name}: {summary['adapter']['numbers']:,} numbers, forward passes only",
+            **summary["test"],
+        )
+        write_json(partial / SUMMARY, summary)
+    for path in partial.glob("checkpoint-*"):  # kept until now: the run could have been resumed from them
+        shutil.rmtree(path, ignore_errors=True)
     close_partial(partial, output)
     return summary
 

@@ -166,6 +166,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 
 @pytest.mark.network
+@pytest.mark.skipif("ADAZETA_TEST_NETWORK" not in os.environ, reason="downloads 2.5 MB; ADAZETA_TEST_NETWORK=1 runs it")
 def test_the_real_sentences(tmp_path, monkeypatch):
     from adazeta.data import load_splits
 

@@ -3,7 +3,16 @@ import random
 
 import pytest
 
-from adazeta.data import Example, Prompts, RightPad, load_splits, read_examples, read_movies, split_examples
+from adazeta.data import (
+    Example,
+    LengthGrouped,
+    Prompts,
+    RightPad,
+    load_splits,
+    read_examples,
+    read_movies,
+    split_examples,
+)
 from adazeta.errors import UserError
 
 
@@ -133,13 +142,27 @@ def test_prompts_by_length_and_empty():
         Prompts([[1], [2]], [0])
 
 
-def test_trainer_groups_our_dataset_by_length():
+def test_length_grouping():
+    generator = random.Random(0)
+    lengths = [generator.randint(1, 50) for _ in range(203)]
+    sampler = LengthGrouped(lengths, 4, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(203))
+    assert len(sampler) == 203
+    spread = [
+        max(lengths[i] for i in order[first : first + 4]) - min(lengths[i] for i in order[first : first + 4])
+        for first in range(0, 200, 4)
+    ]
+    assert sum(spread) / len(spread) < 3  # about 30 without grouping
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    assert list(LengthGrouped(lengths, 4, seed=4)) != order
+    assert list(LengthGrouped([1, 2, 3], 4, seed=0)) == [2, 1, 0]
+
+
+def test_the_sampler_of_transformers_takes_our_dataset():
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    generator = random.Random(0)
-    prompts = Prompts([[1] * generator.randint(1, 50) for _ in range(200)], [0] * 200)
-    order = list(LengthGroupedSampler(4, dataset=prompts))
-    assert sorted(order) == list(range(200))
-    lengths = [len(prompts[index]["input_ids"]) for index in order]
-    spread = [max(lengths[i : i + 4]) - min(lengths[i : i + 4]) for i in range(0, 200, 4)]
-    assert sum(spread) / len(spread) < 4  # about 30 without grouping
+    prompts = Prompts([[1] * length for length in (3, 1, 2)], [0, 1, 0])
+    assert sorted(LengthGroupedSampler(2, dataset=prompts)) == [0, 1, 2]
