@@ -83,7 +83,8 @@ class Journal:
         for key in sorted(set(found) | set(header)):
             if found.get(key) != header.get(key) and not key.startswith("initial"):
                 raise UserError(
-                    f"{path} belongs to a run with another {key}; resume with the same settings or choose another folder"
+                    f"{path} belongs to a run with another {key}; resume with the same settings, "
+                    "or choose another folder"
                 )
         kept = [(record, end) for record, end in records if record.index < step]
         if len(kept) < step:

@@ -20,12 +20,12 @@ PRESETS = {
         tt={
             "rank": 2,
             "bottleneck": 8,
-            "sites": ["down_proj"],
+            "sites": "mlp",
             "act": "identity",
             "bias": False,
             "init": "identity",
             "positions": "last",
-            "layers_to_transform": list(range(10, 20)),
+            "layers_to_transform": "middle",
         },
         zo={
             "eps": 0.03,

@@ -47,7 +47,7 @@ def last_real_token(mask: torch.Tensor) -> torch.Tensor:
 
 
 def set_focus(tt_model, focus: "torch.Tensor | ProbeTokens | None") -> None:
-    """Tell the layers with ``positions="last"`` which tokens to adapt: a position per row, probe tokens, or the last."""
+    """Tell layers with ``positions="last"`` which tokens to adapt: a position per row, probe tokens, or the last."""
     for name in tt_model.peft_config:
         for _, layer in tt_model.tt_layers(name):
             layer.focus = focus

@@ -25,12 +25,13 @@ class ZOTrainer(Trainer):
 
     Args:
         zo: the settings of the step; the learning rate, its schedule, weight decay and the rest are ``args``'.
-        loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; the next-token loss over the labels by default.
+        loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; by default the next-token loss of the labels.
         journal: write ``journal.azj`` into ``args.output_dir``.
         **kwargs: those of ``transformers.Trainer``.
 
-    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model)
-    and ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the projected gradients and ``dropped`` queries.
+    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model) and
+    ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the
+    projected gradients and ``dropped`` queries.
     """
 
     def __init__(
@@ -139,4 +140,6 @@ def _explain_no_finite_loss(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"every loss of the first step is NaN or infinite: the base model's {name} holds such values"
-    return "every loss of the first step is NaN or infinite although all parameters are finite; try float32 or a smaller eps"
+    return (
+        "every loss of the first step is NaN or infinite though all parameters are finite; try float32 or a smaller eps"
+    )

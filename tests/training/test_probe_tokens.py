@@ -35,9 +35,7 @@ def prompts(rows=4, tokens=7, left=False):
 
 
 def at_tokens(model, plan, batch, **settings):
-    return evaluate_probe_tokens(
-        plan, batch, model, LOSS, tt_model=model.base_model, adapter="default", **settings
-    )
+    return evaluate_probe_tokens(plan, batch, model, LOSS, tt_model=model.base_model, adapter="default", **settings)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -142,7 +140,7 @@ def test_training_with_probe_tokens_is_training_with_rows():
     for loss in (LOSS, lambda model, batch: LOSS(model, batch)):
         model = tiny_adapted(noise=0.3, positions="last")
         opt = ZerothOrder(model, lr=0.05, eps=0.1, queries=3, directions="example")
-        for k in range(3):
+        for _ in range(3):
             opt.estimate(loss, prompts())
             opt.step()
         thetas.append(model.base_model.theta())

@@ -12,9 +12,7 @@ SIGNS = (1.0, -1.0)
 
 
 def losses_of(model, plan, batch, **kwargs):
-    return evaluate_probes(
-        plan, batch, lambda rows: causal_lm_loss(model, rows), tt_model=model.base_model, **kwargs
-    )
+    return evaluate_probes(plan, batch, lambda rows: causal_lm_loss(model, rows), tt_model=model.base_model, **kwargs)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -71,9 +69,7 @@ def test_estimating_changes_no_byte_of_theta_or_state_dict():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = Plan([1, 2], 0.3, SIGNS, 2, 2)
     losses_of(model, plan, lm_batch(4))
-    evaluate_probes(
-        plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()]
-    )
+    evaluate_probes(plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()])
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -10,7 +10,7 @@ from tiny import dense_float64, lm_batch, tiny_adapted, tiny_llama
 
 from adazeta import TTConfig
 from adazeta.probes import Probes, probing
-from adazeta.tuner.sites import SITES, placement_of, resolve_sites
+from adazeta.tuner.sites import SITES, placement_of, resolve_layers, resolve_sites
 from adazeta_kernels import perturb_
 
 
@@ -124,9 +124,7 @@ assert model.base_model.theta().abs().sum() > 0
 def test_loaded_parameters_are_views_of_theta(tmp_path, low_cpu_mem_usage):
     model = tiny_adapted(noise=0.2)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        tiny_llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     theta = loaded.base_model.theta()
     assert torch.equal(theta, model.base_model.theta())
     theta.zero_()
@@ -215,6 +213,20 @@ def test_rows_must_be_a_multiple_of_the_probes():
 def test_bad_settings(config, match):
     with pytest.raises(ValueError, match=match):
         tiny_adapted(**config)
+
+
+def test_mlp_sites_of_the_middle_third():
+    model = tiny_adapted(layers=6, sites="mlp", layers_to_transform="middle")
+    assert [name for name, _ in model.base_model.tt_layers("default")] == [
+        "model.layers.2.mlp.down_proj",
+        "model.layers.3.mlp.down_proj",
+    ]
+    assert resolve_layers("middle", {"num_hidden_layers": 30}) == list(range(10, 20))
+    assert resolve_layers("middle", {"n_layer": 1}) == [0]
+    with pytest.raises(ValueError, match="indices of blocks or 'middle'"):
+        resolve_layers("upper", {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        resolve_layers("middle", {})
 
 
 def test_unknown_model_type_lists_the_known_ones():

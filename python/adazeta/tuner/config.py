@@ -18,13 +18,14 @@ class TTConfig(PeftConfig):
         rank: TT rank of every bond, or one rank per bond (``len(cores) - 1`` of them). Paper: 5.
         bottleneck: width between ``down`` and ``up``. Paper: 64.
         shapes: ``"auto"`` (balanced factors of each width), or ``{"width": [...], "bottleneck": [...]}``.
-        sites: ``"paper"`` (after attention and MLP output), ``"published"`` (the authors' Llama code: before gate and
-            up, after down), or a list of module names; ``"pre:name"`` puts the adapter before the module.
+        sites: ``"paper"`` (after attention and MLP output), ``"mlp"`` (after the MLP output only), ``"published"`` (the
+            authors' Llama code: before gate and up, after down), or a list of module names; ``"pre:name"`` puts the
+            adapter before the module.
         act: ``relu | gelu | silu | tanh | identity`` between ``down`` and ``up``.
         bias: whether ``down`` and ``up`` carry a bias.
         scale: factor on the adapter's branch.
-        positions: ``"all"`` tokens as published, or ``"last"``: only the last token of a prompt, the one that is scored.
-            No probe then changes what earlier tokens look like, so a prompt runs once for all probes and a probe costs
+        positions: ``"all"`` tokens as published, or ``"last"``: only the last token of a prompt, the scored one. No probe
+            then changes what earlier tokens look like, so a prompt runs once for all probes and a probe costs
             one token (``adazeta.probe_tokens``). For label words of one token; with a KV cache, generated tokens are
             adapted as well.
         init: ``"identity"`` (last core of ``up`` zero, so the adapted model starts as the base model) or ``"paper"``
@@ -35,7 +36,8 @@ class TTConfig(PeftConfig):
             each unless ``sites`` names a module with ``pre:``.
         exclude_modules: module names (or one regular expression) to leave out.
         modules_to_save: further modules trained and saved whole, a task head for example.
-        layers_to_transform: index or indices of the blocks that get adapters; all by default.
+        layers_to_transform: index or indices of the blocks that get adapters, or ``"middle"`` for the middle third; all
+            by default.
         layers_pattern: name of the block list, where it cannot be guessed.
 
     Source: AdaZeta, Yang et al., EMNLP 2024 (arXiv 2406.18060), section 3.1.
@@ -44,7 +46,7 @@ class TTConfig(PeftConfig):
     rank: int | list[int] = field(default=5, metadata={"help": "TT rank of every bond, or one per bond"})
     bottleneck: int = field(default=64, metadata={"help": "width between down and up"})
     shapes: Any = field(default="auto", metadata={"help": "'auto' or {'width': [...], 'bottleneck': [...]}"})
-    sites: Any = field(default="paper", metadata={"help": "'paper', 'published' or a list of module names"})
+    sites: Any = field(default="paper", metadata={"help": "'paper', 'mlp', 'published' or module names"})
     act: str = field(default="relu", metadata={"help": "relu | gelu | silu | tanh | identity"})
     bias: bool = field(default=True, metadata={"help": "biases on down and up"})
     scale: float = field(default=1.0, metadata={"help": "factor on the adapter's branch"})

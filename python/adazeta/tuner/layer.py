@@ -39,7 +39,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def add_adapter(self, name, layout, placement, act, scale, positions, offset, theta):
-        """Register adapter ``name`` with initial numbers ``theta`` (``[layout.numel]``) at ``offset`` in the flat one."""
+        """Register adapter ``name`` with its numbers ``theta`` (``[layout.numel]``), at ``offset`` in the flat one."""
         self.tt_theta[name] = nn.Parameter(theta)
         self.layout[name] = layout
         self.placement[name] = placement

@@ -14,7 +14,7 @@ from ..probe_tokens import last_real_token, set_focus
 from .config import TTConfig
 from .init import initial_theta
 from .layer import TTLayer
-from .sites import placement_of, resolve_sites
+from .sites import placement_of, resolve_layers, resolve_sites
 
 
 class TTModel(BaseTuner):
@@ -41,6 +41,7 @@ class TTModel(BaseTuner):
             peft_config.sites = {}
         else:
             peft_config.sites = resolve_sites(peft_config.sites, model_config.get("model_type"))
+        peft_config.layers_to_transform = resolve_layers(peft_config.layers_to_transform, model_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(peft_config.sites)
         return peft_config
@@ -65,9 +66,7 @@ class TTModel(BaseTuner):
             theta = initial_theta(
                 layout, init=config.init, gain=config.init_gain, seed=config.init_seed, offset=offset
             ).to(device)
-        layer.add_adapter(
-            adapter_name, layout, placement, config.act, config.scale, config.positions, offset, theta
-        )
+        layer.add_adapter(adapter_name, layout, placement, config.act, config.scale, config.positions, offset, theta)
         if adapter_name not in self.active_adapters:
             layer.tt_theta[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -98,7 +97,7 @@ class TTModel(BaseTuner):
 
     @contextmanager
     def _no_base_biases(self):
-        """Tell PEFT that the base model's biases stay frozen: its ``bias`` speaks of those, ours of the adapters' own."""
+        """Tell PEFT that the base model's biases stay frozen: its ``bias`` means those, ours the adapters' own."""
         biases = {name: config.bias for name, config in self.peft_config.items()}
         try:
             for config in self.peft_config.values():
@@ -186,7 +185,7 @@ class TTModel(BaseTuner):
         self._theta.pop(adapter_name, None)
 
     def block_list(self, adapter_name: str) -> tuple[str, int] | None:
-        """Return the name of the block list and the index of the first block with an adapter, if all are in one list."""
+        """Return the name of the block list and the index of its first adapted block, if all are in one list."""
         found = [re.match(r"(.*?)\.(\d+)\.", name) for name, _ in self.tt_layers(adapter_name)]
         if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
             return None

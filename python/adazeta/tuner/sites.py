@@ -2,12 +2,13 @@
 
 ``"paper"`` follows the text of AdaZeta (arXiv 2406.18060, section 3.1): one adapter after the attention output and one
 after the MLP output of every block. ``"published"`` follows the code the authors published for Llama: adapters before
-the gate and up projections and after the down projection.
+the gate and up projections and after the down projection. ``"mlp"`` keeps only the adapter after the MLP output.
 """
 
 from collections.abc import Iterable, Mapping
 
 PLACEMENTS = ("post", "pre")
+NAMED = ("paper", "published", "mlp")
 
 _LLAMA_PAPER = {"o_proj": "post", "down_proj": "post"}
 _LLAMA_PUBLISHED = {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"}
@@ -37,9 +38,9 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
     """Return ``{module name: "pre" | "post"}`` for ``sites`` of a model of type ``model_type``.
 
     Args:
-        sites: ``"paper"``, ``"published"``, a list of module names (``"o_proj"`` or ``"post:o_proj"`` puts the adapter
-            after the module, ``"pre:up_proj"`` before it), or the mapping itself.
-        model_type: ``config.model_type`` of the base model; only needed for the two named choices.
+        sites: ``"paper"``, ``"published"``, ``"mlp"``, a list of module names (``"o_proj"`` or
+            ``"post:o_proj"`` puts the adapter after the module, ``"pre:up_proj"`` before it), or the mapping itself.
+        model_type: ``config.model_type`` of the base model; only needed for the named choices.
 
     Raises:
         ValueError: unknown choice, unknown model type, or a placement other than ``pre`` and ``post``.
@@ -47,14 +48,16 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
     if isinstance(sites, Mapping):
         placed = dict(sites)
     elif isinstance(sites, str):
-        if sites not in ("paper", "published"):
-            raise ValueError(f"sites must be 'paper', 'published' or a list of module names, got {sites!r}")
+        if sites not in NAMED:
+            raise ValueError(f"sites must be one of {NAMED} or a list of module names, got {sites!r}")
         if model_type not in SITES:
             raise ValueError(
-                f"no adapter sites are known for model type {model_type!r} (known: {', '.join(sorted(SITES))}); name the "
-                "modules yourself: sites=['o_proj', 'down_proj'] puts an adapter after each, 'pre:up_proj' before it"
+                f"no adapter sites are known for model type {model_type!r} (known: {', '.join(sorted(SITES))}); name "
+                "the modules yourself: sites=['o_proj', 'down_proj'] puts an adapter after each, 'pre:up_proj' before it"
             )
-        placed = SITES[model_type][sites]
+        placed = SITES[model_type]["paper" if sites == "mlp" else sites]
+        if sites == "mlp":  # the tables name the attention's module first, the MLP's last
+            placed = dict([list(placed.items())[-1]])
     else:
         placed = {}
         for entry in sites:
@@ -64,6 +67,22 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
         if placement not in PLACEMENTS:
             raise ValueError(f"placement of {name!r} must be one of {PLACEMENTS}, got {placement!r}")
     return dict(placed)
+
+
+def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mapping) -> int | list[int] | None:
+    """Return the block indices that ``layers`` names; ``"middle"`` is the middle third of a model's blocks.
+
+    Raises:
+        ValueError: another string, or a model whose configuration does not say how many blocks it has.
+    """
+    if not isinstance(layers, str):
+        return layers
+    if layers != "middle":
+        raise ValueError(f"layers_to_transform must be indices of blocks or 'middle', got {layers!r}")
+    number = model_config.get("num_hidden_layers") or model_config.get("n_layer")
+    if not number:
+        raise ValueError("layers_to_transform='middle' needs a model configuration with num_hidden_layers")
+    return list(range(number // 3, max(number // 3 + 1, 2 * number // 3)))
 
 
 def placement_of(key: str, sites: Mapping[str, str]) -> str:
