@@ -1,6 +1,6 @@
 """Write tests/kernels/vectors.json and the tables of docs/perturbation-spec.md from the reference implementation.
 
-    python scripts/write_vectors.py
+python scripts/write_vectors.py
 """
 
 import json

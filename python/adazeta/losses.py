@@ -42,9 +42,9 @@ def hidden_states(
 ) -> torch.Tensor:
     """Return the last hidden states ``[rows, tokens, width]`` of a causal language model, without its head.
 
-    The mask is ``[rows, tokens]`` with 1 for real tokens, or additive ``[rows, 1, tokens, tokens]``. With padding on the
-    right the former is left out: no real token of a causal model attends to a padded one, and attention without a mask
-    is faster.
+    The mask is ``[rows, tokens]`` with 1 for real tokens, or additive ``[rows, 1, tokens, tokens]``. With padding on
+    the right the former is left out: no real token of a causal model attends to a padded one, and attention without a
+    mask is faster.
     """
     language_model = _language_model(model)
     plain = attention_mask is not None and attention_mask.ndim == 2 and not language_model.config.is_encoder_decoder

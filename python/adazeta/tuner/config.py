@@ -24,9 +24,9 @@ class TTConfig(PeftConfig):
         act: ``relu | gelu | silu | tanh | identity`` between ``down`` and ``up``.
         bias: whether ``down`` and ``up`` carry a bias.
         scale: factor on the adapter's branch.
-        positions: ``"all"`` tokens as published, or ``"last"``: only the last token of a prompt, the scored one. No probe
-            then changes what earlier tokens look like, so a prompt runs once for all probes and a probe costs
-            one token (``adazeta.probe_tokens``). For label words of one token; with a KV cache, generated tokens are
+        positions: ``"all"`` tokens as published, or ``"last"``: only the last token of a prompt, the scored one. No
+            probe then changes what earlier tokens look like, so a prompt runs once for all probes and a probe costs one
+            token (``adazeta.probe_tokens``). For label words of one token; with a KV cache, generated tokens are
             adapted as well.
         init: ``"identity"`` (last core of ``up`` zero, so the adapted model starts as the base model) or ``"paper"``
             (all cores random, which changes the model before the first step).

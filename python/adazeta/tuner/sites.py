@@ -53,7 +53,7 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
         if model_type not in SITES:
             raise ValueError(
                 f"no adapter sites are known for model type {model_type!r} (known: {', '.join(sorted(SITES))}); name "
-                "the modules yourself: sites=['o_proj', 'down_proj'] puts an adapter after each, 'pre:up_proj' before it"
+                "the modules yourself: sites=['o_proj', 'down_proj'] puts adapters after them, 'pre:up_proj' before it"
             )
         placed = SITES[model_type]["paper" if sites == "mlp" else sites]
         if sites == "mlp":  # the tables name the attention's module first, the MLP's last
