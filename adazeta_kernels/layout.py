@@ -161,6 +161,10 @@ class TTAdapterLayout:
         up: shape of the map b -> d.
         bias: whether both maps have a bias.
 
+    Attributes:
+        numel: length of theta.
+        factor_numel: numbers of factors per probe.
+
     Raises:
         ValueError: the shapes do not map `width -> bottleneck -> width`.
     """

@@ -203,7 +203,8 @@ def tt_factors(
         _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
-        return run(theta, layout, seeds, scales, offset, distribution)
+        rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
+        return run(theta, layout, seeds, scales, offset, distribution, rows)
     args = (theta, layout._encoded, seeds, scales, offset, distribution, backend)
     return torch.ops.adazeta.tt_factors.default(*args)
 

@@ -1,5 +1,6 @@
 """What importing adazeta_kernels brings in, and what it leaves alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,56 +12,50 @@ import adazeta_kernels
 ROOT = Path(adazeta_kernels.__file__).parent
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+CODE = """
+import json, sys, torch
 
+def touched(*args, **kwargs):
+    raise SystemExit("CUDA was touched")
 
-USE = """
-import sys, torch, adazeta_kernels as k
+def state():
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = touched
+torch.manual_seed(3)
+before = state()
+
+import adazeta_kernels as k
 layout = k.TTAdapterLayout.auto(24, 8, 2)
 theta = torch.zeros(layout.numel)
 k.perturb_([theta], k.derive_seeds(1, 0, 2), [1.0, 0.5])
 k.tt_adapter(torch.zeros(1, 1, 24), k.tt_factors(theta, layout, [1], [0.0]), layout)
+
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps({"modules": modules, "cuda": torch.cuda.is_initialized(), "state kept": before == state()}))
 """
 
 
-def test_importing_and_using_brings_in_nothing_of_models():
-    out = run(USE + "print(sorted({m.partition('.')[0] for m in sys.modules}))")
-    modules = set(eval(out))
-    assert "adazeta_kernels" in modules
-    assert not modules & {
-        "adazeta",
-        "transformers",
-        "peft",
-        "accelerate",
-        "safetensors",
-        "tokenizers",
-        "datasets",
-        "triton",
-    }
+@pytest.fixture(scope="module")
+def fresh_process():
+    """What a new process finds after importing the package and calling it."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_importing_touches_no_gpu():
-    code = """
-import torch
-def touched(*args, **kwargs):
-    raise SystemExit("CUDA was touched")
-torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = touched
-"""
-    assert run(code + USE + "print(torch.cuda.is_initialized())").strip() == "False"
+def test_brings_in_nothing_of_models(fresh_process):
+    modules = set(fresh_process["modules"])
+    above = {"adazeta", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets", "triton"}
+    assert "adazeta_kernels" in modules and not modules & above
 
 
-def test_importing_leaves_the_global_generator_and_threads_alone():
-    code = """
-import torch
-torch.manual_seed(3)
-def state():
-    return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-before = state()
-"""
-    assert run(code + USE + "print(before == state())").strip() == "True"
+def test_touches_no_gpu(fresh_process):
+    assert fresh_process["cuda"] is False
+
+
+def test_leaves_global_generator_and_settings_alone(fresh_process):
+    assert fresh_process["state kept"] is True
 
 
 def test_public_names_are_the_ones_promised():
