@@ -35,29 +35,22 @@ def measure_memory(
     rows = [prompts[index] for index in range(min(len(prompts), settings["batch_size"]))]
     batch = {name: tensor.to(device) for name, tensor in classifier.collator()(rows).items()}
     loss = classifier.label_words()
-    forwards: list[dict] = []
-
-    def recording(model, inputs):
-        forwards.append({name: tensor.clone() for name, tensor in inputs.items()})
-        return loss(model, inputs)
-
-    recording.rows_per_example = loss.rows_per_example
+    recorder = _Recorder(loss)
     optimizer = ZerothOrder(classifier.model, **vars(zo_config(settings, preset)))
-    with torch.no_grad():
-        optimizer.estimate(recording, batch)
 
-        def frozen():
-            with classifier.model.disable_adapter():
-                for inputs in forwards:
-                    loss(classifier.model, inputs)
+    def frozen():
+        with torch.no_grad(), classifier.model.disable_adapter():
+            for rows in recorder.forwards:
+                loss(classifier.model, rows)
 
+    optimizer.estimate(recorder, batch)
+    frozen()
+    with Peak() as frozen_peak:
         frozen()
-        with Peak() as frozen_peak:
-            frozen()
-        with Peak() as estimate_peak:
-            optimizer.zero_grad()
-            optimizer.estimate(loss, batch)
+    with Peak() as estimate_peak:
         optimizer.zero_grad()
+        optimizer.estimate(loss, batch)
+    optimizer.zero_grad()
     frozen_bytes = frozen_peak.bytes - model_bytes
     estimate_bytes = estimate_peak.bytes - model_bytes
     return {
@@ -67,6 +60,22 @@ def measure_memory(
         "allowed_bytes": int(0.05 * frozen_bytes) + 16 * MIB,
         "exact": frozen_peak.exact and estimate_peak.exact,
     }
+
+
+class _Recorder:
+    """A loss that keeps the rows of every forward it is asked for."""
+
+    def __init__(self, loss):
+        self.loss, self.forwards = loss, []
+        self.rows_per_example = loss.rows_per_example
+
+    def __call__(self, model, batch):
+        self.forwards.append(batch)
+        return self.loss(model, batch)
+
+    def losses_at_copies(self, model, batch, *arguments):
+        self.forwards.append(batch)
+        return self.loss.losses_at_copies(model, batch, *arguments)
 
 
 def closing_table(summary: Mapping[str, Any]) -> str:

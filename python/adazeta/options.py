@@ -67,14 +67,16 @@ def directions(value) -> str | int:
 
 
 def names(value) -> str | list[str]:
-    """Read ``paper``, ``published`` or module names separated by commas."""
+    """Read ``paper``, ``published``, ``mlp`` or module names separated by commas."""
     if isinstance(value, (list, tuple)):
         return [str(name) for name in value]
-    return value if value in ("paper", "published") else [name.strip() for name in str(value).split(",")]
+    return value if value in ("paper", "published", "mlp") else [name.strip() for name in str(value).split(",")]
 
 
-def integers(value) -> list[int]:
-    """Read integers separated by commas, ranges ``a-b`` included."""
+def layers(value) -> str | list[int]:
+    """Read ``middle``, or integers separated by commas, ranges ``a-b`` included."""
+    if value == "middle":
+        return value
     if isinstance(value, (list, tuple)):
         return [int(number) for number in value]
     found: list[int] = []
@@ -179,10 +181,9 @@ TASK = [
 ADAPTER = [
     Option("rank", int, "TT rank of every bond", goes_to="tt.rank", default=5),
     Option("bottleneck", positive, "width between down and up", goes_to="tt.bottleneck", default=64),
-    Option("sites", names, "where adapters go: paper, published, or module names", goes_to="tt.sites", default="paper"),
-    Option(
-        "layers", integers, "blocks that get adapters, such as 0-5,29", goes_to="tt.layers_to_transform", shown="all"
-    ),
+    Option("sites", names, "paper, published, mlp, or module names", goes_to="tt.sites", default="paper"),
+    Option("layers", layers, "blocks with adapters: middle, or such as 0-5,29", goes_to="tt.layers_to_transform"),
+    Option("positions", str, "tokens that adapters act on: all or last", goes_to="tt.positions", default="all"),
     Option("act", str, "relu, gelu, silu, tanh or identity", goes_to="tt.act", default="relu"),
     Option("bias", boolean, "biases in the adapters", goes_to="tt.bias", default=True),
     Option("adapter-scale", float, "factor on the adapter's branch", goes_to="tt.scale", default=1.0),
@@ -217,7 +218,13 @@ TRAINING = [
     Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
     Option("lr", float, "learning rate", goes_to="train.learning_rate"),
     Option("lr-schedule", str, "linear, cosine, constant, ...", goes_to="train.lr_scheduler_type", default="linear"),
-    Option("warmup-steps", float, "steps of rising learning rate", goes_to="train.warmup_steps", default=0),
+    Option(
+        "warmup-steps",
+        float,
+        "steps of rising learning rate; below 1 a fraction of all steps",
+        goes_to="train.warmup_steps",
+        default=0,
+    ),
     Option(
         "weight-decay", float, "per unit of lr, on everything but biases", goes_to="train.weight_decay", default=0.0
     ),

@@ -95,7 +95,7 @@ def training_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of a summary that say what training cost and how large the adapter is."""
     training, adapter = summary["training"], summary["adapter"]
     lines = [
-        ("training", f"{training['steps']:,} steps, {training['rows']:,} forward rows, no backward pass"),
+        ("training", f"{training['steps']:,} steps, {training['rows']:,} forward rows, {training['losses']:,} losses"),
         ("time", f"{training['seconds']:,.0f} s without evaluations, {training['rows_per_s']:.1f} rows/s"),
     ]
     if training["dropped"]:

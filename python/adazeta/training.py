@@ -36,10 +36,11 @@ class Interrupted(Exception):
 
 @dataclass
 class Outcome:
-    """What training reports: steps, forward rows, seconds in training and the peak resident memory meanwhile."""
+    """What training reports: steps, forward rows, losses, seconds and the peak resident memory meanwhile."""
 
     steps: int
     rows: int
+    losses: int
     seconds: float
     dropped: int
     peak_bytes: int
@@ -70,7 +71,13 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
         model = peft.get_peft_model(base, TTConfig(task_type="CAUSAL_LM", **keywords))
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
-    return Classifier(model, tokenizer, task, card_of(settings, task, preset))
+    classifier = Classifier(model, tokenizer, task, card_of(settings, task, preset))
+    if keywords.get("positions") == "last" and classifier.label_words().rows_per_example > 1:
+        raise UserError(
+            f"the label words {list(task.words)} have several tokens, and adapters on the last token score one: "
+            "choose other --label-words, or add --positions all"
+        )
+    return classifier
 
 
 def zo_config(settings: Mapping[str, Any], preset: str):
@@ -93,6 +100,7 @@ def training_arguments(
         batch = settings["batch_size"] * settings["accumulate"]
         steps = math.ceil(keywords.get("num_train_epochs", 3) * examples / batch)
     tenth = max(1, steps // 10)
+    keywords["train_sampling_strategy"] = "random"  # LengthGroupedTrainer brings its own sampler
     keywords.update(
         output_dir=str(folder),
         seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
@@ -173,6 +181,7 @@ def fit(
     return Outcome(
         steps=trainer.state.global_step,
         rows=trainer.zeroth_order.rows,
+        losses=trainer.zeroth_order.evaluations,
         seconds=metrics.seconds,
         dropped=trainer.zeroth_order.dropped,
         peak_bytes=peak.bytes,
@@ -269,6 +278,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
         "training": {
             "steps": outcome.steps,
             "rows": outcome.rows,
+            "losses": outcome.losses,
             "seconds": round(outcome.seconds, 3),
             "rows_per_s": outcome.rows / outcome.seconds if outcome.seconds else 0.0,
             "dropped": outcome.dropped,

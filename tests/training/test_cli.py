@@ -32,7 +32,7 @@ def world(tmp_path_factory):
 
 def train_command(folder, output, *more):
     data = ("--model", folder / "base", "--data", folder / "data.jsonl", "--output", folder / output)
-    return [str(argument) for argument in ("train", *PAPER, *data, *SMALL, *more)]
+    return [str(argument) for argument in ("train", *data, *SMALL, *more)]
 
 
 def main(capsys, *arguments):
@@ -70,9 +70,9 @@ def test_train_leaves_a_whole_run(world):
     }
     assert not (folder / "run.partial").exists()
     assert "accuracy, 6 dev sentences" in done.stdout
-    assert "12 steps, 384 forward rows" in done.stdout  # 8 examples, 2 probes, 2 label words of several tokens
+    assert "12 steps, 94 forward rows, 1,504 losses" in done.stdout  # 94 examples, 8 queries of 2 probes
     assert "12/12 steps" in done.stderr
-    assert re.search(r"loss \d\.\d+, queries 1, [\d.]+ rows/s", done.stderr)
+    assert re.search(r"loss \d\.\d+, queries 8, [\d.]+ rows/s", done.stderr)
     assert "Warning" not in done.stderr
 
 
@@ -87,6 +87,7 @@ def test_metrics_and_summary_agree(world):
     assert {"rows", "seconds", "loss", "queries", "rows_per_s"} <= train[0].keys()
     assert summary["training"]["steps"] == 12
     assert summary["training"]["rows"] == train[-1]["rows"]
+    assert summary["training"]["losses"] == train[-1]["evaluations"]
     assert summary["dev"]["after"] == {name: dev[-1][name] for name in ("accuracy", "loss")}
     saved = load_file(folder / "run" / "adapter_model.safetensors")
     assert summary["adapter"]["numbers"] == sum(tensor.numel() for tensor in saved.values())
@@ -158,7 +159,7 @@ def test_info(world, capsys):
     folder, _ = world
     code, out, _ = main(capsys, "info", folder / "run")
     assert code == 0
-    for expected in ("768 numbers in 4 tensors", "2 x down_proj, 2 x o_proj", "[4, 4, 4 | 2, 2, 2]", "accuracy, dev"):
+    for expected in ("120 numbers in 1 tensors", "1 x down_proj", "[4, 4, 4 | 2, 2, 2]", "accuracy, dev"):
         assert expected in out
     code, out, _ = main(capsys, "info", folder / "base", "--rank", 2, "--bottleneck", 8)
     assert (code, "LlamaForCausalLM" in out, "192 numbers" in out) == (0, True, True)
@@ -198,7 +199,7 @@ def test_ctrl_c_then_resume_is_bit_identical(world, capsys, monkeypatch):
 
 def test_limits_in_rows_and_minutes(world, capsys):
     folder, _ = world
-    for name, limit in (("rows", ("--rows", 80)), ("minutes", ("--max-minutes", 0))):
+    for name, limit in (("rows", ("--rows", 40)), ("minutes", ("--max-minutes", 0))):
         code, _, err = main(capsys, *train_command(folder, name), *limit)
         assert code == 0, err
         lines = read_metrics(folder / name / "metrics.jsonl")
@@ -207,7 +208,20 @@ def test_limits_in_rows_and_minutes(world, capsys):
         assert lines[-1]["kind"] == "dev"  # the last step is evaluated
         assert lines[-1]["step"] == train[-1]["step"]
         if name == "rows":
-            assert train[-2]["rows"] < 80 <= train[-1]["rows"]
+            assert train[-2]["rows"] < 40 <= train[-1]["rows"]
+
+
+def test_label_words_of_several_tokens_and_the_paper_preset(world, capsys):
+    folder, _ = world
+    words = ("--label-words", "negative=bad,positive=good", *PAPER)
+    code, out, err = main(capsys, *train_command(folder, "paper"), *words)
+    assert code == 0, err
+    assert "12 steps, 376 forward rows" in out  # 94 examples, 2 probes, 2 label words
+    code, out, _ = main(capsys, "info", folder / "paper")
+    assert "768 numbers in 4 tensors" in out
+    assert "2 x down_proj, 2 x o_proj" in out
+    assert main(capsys, "replay", folder / "paper")[0] == 0
+    assert main(capsys, "predict", folder / "paper", "a film")[0] == 0
 
 
 def test_the_demo_on_a_small_scale(world, capsys, monkeypatch):
@@ -219,7 +233,7 @@ def test_the_demo_on_a_small_scale(world, capsys, monkeypatch):
     defaults = {"model": str(folder / "base")}
     resolve = cli.resolve
     monkeypatch.setattr(cli, "resolve", lambda flags, *a, **k: resolve({**flags, **defaults}, *a, **k))
-    code, out, err = main(capsys, "demo", *PAPER, *SMALL, "--output", folder / "demo")
+    code, out, err = main(capsys, "demo", *SMALL, "--output", folder / "demo")
     assert code == 0, err
     for expected in (
         "accuracy, 20 held-out sentences",
@@ -233,7 +247,7 @@ def test_the_demo_on_a_small_scale(world, capsys, monkeypatch):
     assert len(summary["sentences"]) == 5
     assert summary["memory"]["allowed_bytes"] >= 16 << 20
     assert summary["memory"]["exact"] is (sys.platform == "linux")
-    code, out, _ = main(capsys, "demo", *PAPER, *SMALL, "--output", folder / "demo")  # replaces the earlier one
+    code, out, _ = main(capsys, "demo", *SMALL, "--output", folder / "demo")  # replaces the earlier one
     again = json.loads((folder / "demo" / "summary.json").read_text())
     assert (code, again["test"]) == (0, summary["test"])
 
@@ -311,6 +325,7 @@ def test_bad_settings(world, capsys, tmp_path):
         (("--dtype", "int8"), "--dtype: expected one of float32"),
         (("--rank", 1000), "adapter:"),
         (("--lr-schedule", "steep"), "steep"),
+        (("--label-words", "negative=bad,positive=good"), "have several tokens"),
     ]:
         assert message in fails(capsys, *train_command(folder, "bad"), *flags)
     assert "already: add --overwrite" in fails(capsys, *train_command(folder, "run"))

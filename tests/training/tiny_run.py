@@ -15,16 +15,17 @@ BAD = ("dull", "cold", "empty", "tired")
 
 
 def write_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a byte-level random Llama (width 64) and its tokenizer; " positive" is several tokens, " negative" too."""
+    """Write a byte-level random Llama (width 64) and its tokenizer; " positive" and " negative" are one token each."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, **{letter: index + 1 for index, letter in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([" positive", " negative"])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(vocabulary) + 2,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
