@@ -45,13 +45,13 @@ Distribution checked_distribution(int code) {
   return static_cast<Distribution>(code);
 }
 
-// Fewer elements than this are done before another thread is awake.
-constexpr int64_t kElementsPerThread = 32768;
+// Fewer elements than this are done before other threads are awake. One thread or all: libgomp ends and starts threads
+// when team sizes alternate.
+constexpr int64_t kSerialElements = 65536;
 
 int32_t useful_threads(int threads, int64_t elements) {
   if (threads < 1) throw py::value_error("expected at least 1 thread, got " + std::to_string(threads));
-  const int64_t useful = elements < kElementsPerThread ? 1 : elements / kElementsPerThread;
-  return useful < threads ? static_cast<int32_t>(useful) : threads;
+  return elements < kSerialElements ? 1 : threads;
 }
 
 void check_size(int64_t numel, uint64_t offset) {

@@ -37,11 +37,12 @@ struct SoftwareFma {
     // Knuth's two-sum: sum + error is exactly product + addend. For infinities and NaN error is NaN, and sum is kept.
     const double part = sum - product;
     const double error = (product - (sum - part)) + (addend - part);
-    const int64_t bits = bit_cast<int64_t>(sum);
-    // Step toward the exact value when the last bit is even: up in magnitude when error and sum have the same sign.
-    const bool inexact = error < 0.0 || error > 0.0;
-    const int64_t away = (bit_cast<int64_t>(error) ^ bits) >= 0 ? 1 : -1;
-    const int64_t odd = (inexact && (bits & 1) == 0) ? bits + away : bits;
+    const uint64_t bits = bit_cast<uint64_t>(sum);
+    // An even inexact sum steps to its odd neighbour on the side of the exact one: up in magnitude when error and sum
+    // have the same sign. Masks rather than branches, so that the loop around this vectorises.
+    const uint64_t inexact_even = ((error < 0.0) | (error > 0.0)) ? ~bits & 1u : 0u;
+    const uint64_t down = (bit_cast<uint64_t>(error) ^ bits) >> 63;
+    const uint64_t odd = bits + (inexact_even ^ (uint64_t{0} - down)) + down;
     return static_cast<float>(bit_cast<double>(odd));
   }
 };
