@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --durations=15 $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
@@ -45,9 +45,5 @@ $(VENV)/.base:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.base $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e ".[test]"
-	touch $@
-
-$(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -q --no-build-isolation -e ".[test,dev]"
 	touch $@
