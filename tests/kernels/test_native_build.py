@@ -101,6 +101,26 @@ def test_backends_tell_what_runs():
     assert report["reference"] is None
 
 
+def test_without_the_module_the_reason_is_told_and_the_reference_runs():
+    run_python(
+        """
+        import sys
+        sys.modules["adazeta_kernels._native"] = None
+        import torch
+        import adazeta_kernels
+        reason = adazeta_kernels.backends()["native"]
+        assert "does not load" in reason and "pip install -e ." in reason, reason
+        adazeta_kernels.perturb_([torch.zeros(3)], [1], [1.0])
+        try:
+            adazeta_kernels.perturb_([torch.zeros(3)], [1], [1.0], backend="native")
+        except RuntimeError as error:
+            assert "does not load" in str(error)
+        else:
+            raise AssertionError("a named backend that is missing must raise")
+        """
+    )
+
+
 def test_device_count_tells_the_reason():
     if not _native.cuda_built():
         with pytest.raises(RuntimeError, match="built without CUDA"):
