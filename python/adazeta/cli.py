@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adazeta import __version__
@@ -22,14 +23,16 @@ from adazeta.options import (
     GROUPS,
     METHOD,
     MODEL,
+    RUN,
     TASK,
     TRAIN,
     TRAINING,
     add_options,
+    read_yaml,
     resolve,
 )
-from adazeta.presets import PRESETS
 
+DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": True}
 INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1
 
 
@@ -67,10 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = _command(commands, "train", _train, "train an adapter for text classification by label words")
-    _add_run_flags(train, "runs/train")
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
     train.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
-    train.add_argument("--test", action="store_true", help="measure the test split before and after (default: off)")
-    add_options(train, GROUPS)
+    add_options(train, {"run": RUN, **GROUPS})
 
     evaluate = _command(commands, "eval", _eval, "accuracy and loss of a run or of a base model")
     evaluate.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
@@ -98,8 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("--write", action="store_true", help="write the rebuilt adapter into the run (default: off)")
 
     demo = _command(commands, "demo", _demo, "fetch model and data, fine-tune, and show what came of it")
-    _add_run_flags(demo, "runs/demo", overwrite=True)
-    add_options(demo, {"adapter": ADAPTER, "zeroth-order method": METHOD, "training": TRAINING})
+    demo.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
+    add_options(demo, {"run": [replace(option, default=DEMO[option.key]) for option in RUN]})
+    add_options(demo, {"model": MODEL, "adapter": ADAPTER, "zeroth-order method": METHOD, "training": TRAINING})
 
     _command(commands, "fetch", _fetch, "fetch and check the demo's model and data")
     return parser
@@ -110,18 +113,6 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show where an error came from (default: off)")
     parser.set_defaults(run=run)
     return parser
-
-
-def _add_run_flags(parser: argparse.ArgumentParser, output: str, *, overwrite: bool = False) -> None:
-    parser.add_argument("--output", default=output, metavar="FOLDER", help=f"the run folder (default: {output})")
-    parser.add_argument("--preset", default="default", choices=list(PRESETS), help="named settings (default: default)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
-    parser.add_argument(
-        "--overwrite",
-        action=argparse.BooleanOptionalAction,
-        default=overwrite,
-        help=f"replace an earlier run, once this one is whole (default: {'on' if overwrite else 'off'})",
-    )
 
 
 def say(line: str) -> None:
@@ -145,39 +136,49 @@ def _quiet() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # missing keys: told as an error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
 
 
 def _train(arguments) -> int:
-    return _run_training(arguments, test=arguments.test, config=arguments.config)
+    return _run_training(arguments, arguments.config, {})
 
 
 def _demo(arguments) -> int:
-    return _run_training(arguments, test=True, config=None)
+    return _run_training(arguments, None, DEMO)
 
 
-def _run_training(arguments, *, test: bool, config: str | None) -> int:
+def _run_training(arguments, config: str | None, defaults: dict) -> int:
     from adazeta.runs import CARD, read_json
 
-    output = Path(arguments.output)
+    flags = vars(arguments)
+    from_file = {**defaults, **(read_yaml(config, [*RUN, *TRAIN]) if config else {})}
+    run = resolve(flags, RUN, from_file=from_file)
+    output, preset, stored = Path(run["output"]), run["preset"], None
     partial = output.with_name(f"{output.name}.partial")
-    stored, preset = None, arguments.preset
     if arguments.resume and (partial / CARD).is_file():
         card = read_json(partial / CARD)
         stored, preset = card.get("settings"), card.get("preset", preset)
-    settings = resolve(vars(arguments), TRAIN, preset=preset, config=config, stored=stored)
+    settings = resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored)
 
     from adazeta.demo import closing_table
     from adazeta.training import Interrupted, train
 
     _quiet()
-    flags = {"resume": arguments.resume, "overwrite": arguments.overwrite, "test": test, "say": say}
     try:
-        summary = train(settings, preset, output, **flags)
+        summary = train(
+            settings,
+            preset,
+            output,
+            resume=arguments.resume,
+            overwrite=run["overwrite"],
+            test=run["test"],
+            say=say,
+        )
     except Interrupted:
-        say(f"stopped; `{Path(sys.argv[0]).name} ... --output {output} --resume` goes on from here")
+        say(f"stopped; the same command with --output {output} --resume goes on from here")
         return INTERRUPTED
     print(closing_table(summary))
     print(f'\nwritten to {output}; ask it: adazeta predict {output} "a warm, funny, engaging film"')

@@ -158,6 +158,12 @@ def _show(value) -> str:
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
+RUN = [
+    Option("output", str, "the run folder", "runs/train"),
+    Option("preset", str, "named settings: default or paper", "default", choices=tuple(PRESETS)),
+    Option("overwrite", boolean, "replace an earlier run, once this one is whole", False),
+    Option("test", boolean, "measure the test split before and after", False),
+]
 MODEL = [
     Option("model", str, "base model: a folder with config.json, or 'smollm2' for the demo's", "smollm2"),
     Option("dtype", str, "number format of the base model", "float32", choices=("float32", "bfloat16", "float16")),
@@ -230,7 +236,7 @@ TRAINING = [
     ),
     Option("group-by-length", boolean, "batches of texts of similar length", True),
     Option("eval-every", positive, "steps between evaluations on dev", shown="a tenth of the steps"),
-    Option("eval-limit", positive, "most dev examples evaluated", shown="all"),
+    Option("eval-limit", positive, "most dev examples evaluated", 250),
     Option("eval-batch-size", positive, "examples per forward of an evaluation", 32),
     Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),
 ]
@@ -296,18 +302,17 @@ def resolve(
     options: list[Option],
     *,
     preset: str = "default",
-    config: str | None = None,
+    from_file: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the value of every option: flag, else file, else ``stored`` (a run that is resumed), else preset."""
-    from_file = read_yaml(config, options) if config else {}
     values = {}
     for option in options:
         if option.key in flags:
             values[option.key] = option.read(flags[option.key], f"--{option.name}")
-        elif option.key in from_file:
+        elif from_file and option.key in from_file:
             values[option.key] = from_file[option.key]
-        elif stored is not None and option.key in stored:
+        elif stored and option.key in stored:
             values[option.key] = option.read(stored[option.key], f"stored setting {option.name}")
         else:
             values[option.key] = option.preset_value(preset)

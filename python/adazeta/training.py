@@ -148,7 +148,7 @@ def fit(
     prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
     dev = []
     if splits["dev"]:
-        dev = classifier.task.encode(classifier.tokenizer, splits["dev"][: settings["eval_limit"]]).by_length()
+        dev = classifier.task.encode(classifier.tokenizer, splits["dev"]).by_length()
     write_json(folder / CARD, classifier.card)
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
@@ -238,6 +238,7 @@ def train(
         label_column=settings["label_column"],
         say=say,
     )
+    splits["dev"] = splits["dev"][: settings["eval_limit"]]
     with open_partial(output, resume=resume, overwrite=overwrite) as partial:
         return _train(settings, preset, splits, output, partial, resume=resume, test=test, say=say)
 
@@ -245,6 +246,7 @@ def train(
 def _train(settings, preset, splits, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
     import torch
 
+    import adazeta.grouped  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.demo import measure_memory
     from adazeta.plots import draw_curves
     from adazeta.progress import read_metrics

@@ -181,7 +181,7 @@ def test_ctrl_c_then_resume_is_bit_identical(world, capsys, monkeypatch):
     command = train_command(folder, "again")
     code, out, err = main(capsys, *command)
     assert (code, out) == (130, "")
-    assert "--resume` goes on from here" in err
+    assert "--resume goes on from here" in err
     monkeypatch.setattr(Bar, "on_log", on_log)
     assert "holds an interrupted run: add --resume" in fails(capsys, *command)
     code, _, err = main(capsys, "train", "--output", folder / "again", "--resume")  # settings are remembered
@@ -357,7 +357,8 @@ def test_yaml_takes_the_keys_of_the_flags_and_flags_win(tmp_path):
         "steps: 7\nlr: 1e-3\nlabel-words: {bad: terrible, good: great}\nqueries: adaptive:1,0.5,8,step\n"
         "eval_every: 5\nbias: false\nlayers: [0, 2]\n"
     )
-    values = options.resolve({"steps": "9"}, options.TRAIN, preset="paper", config=str(path))
+    from_file = options.read_yaml(str(path), options.TRAIN)
+    values = options.resolve({"steps": "9"}, options.TRAIN, preset="paper", from_file=from_file)
     assert (values["steps"], values["lr"], values["eval_every"]) == (9, 1e-3, 5)
     assert values["label_words"] == {"bad": " terrible", "good": " great"}
     assert options.section("zo", values, "paper")["queries"] == options.AdaptiveQueries(1, 0.5, 8, "step")
@@ -368,12 +369,26 @@ def test_yaml_takes_the_keys_of_the_flags_and_flags_win(tmp_path):
     assert options.resolve({}, options.TRAIN, stored=json.loads(json.dumps(stored))) == values
 
 
+def test_a_run_from_a_file_alone(world, capsys, tmp_path):
+    folder, _ = world
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {folder / 'base'}\ndata: {folder / 'data.jsonl'}\noutput: {tmp_path / 'run'}\npreset: paper\n"
+        "steps: 2\nbatch-size: 4\nrank: 2\nbottleneck: 8\n"
+    )
+    code, out, err = main(capsys, "train", "--config", path, "--steps", 3)
+    assert (code, "3 steps, 24 forward rows" in out) == (0, True), err
+    assert json.loads((tmp_path / "run" / "adazeta.json").read_text())["preset"] == "paper"
+    assert "already: add --overwrite" in fails(capsys, "train", "--config", path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("learning_rates: 1\n", "unknown key 'learning_rates'"),
         ("quries: 1\n", "unknown key 'quries': did you mean queries?"),
         ("steps: many\n", "key steps: "),
+        ("preset: best\n", "key preset: expected one of default, paper"),
         ("- steps\n", "expected 'key: value' lines, got list"),
         ("steps: [\n", "is not YAML"),
     ],

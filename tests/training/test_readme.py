@@ -1,0 +1,67 @@
+"""The README's example runs as it is printed, and the README names only what exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_and_changes_the_adapter(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    texts, labels = ["a warm film", "dull", "bright and moving", "a tired one"], torch.tensor([1, 0, 1, 0])
+    names = {"folder": write_model(tmp_path / "model"), "batches": [(texts, labels)] * 3}
+    exec(compile(example, "README.md", "exec"), names)
+    opt, model = names["opt"], names["model"]
+    assert opt.step_index == 3
+    assert opt.rows == 3 * 4 * 4 * 2
+    assert 0 < names["loss"] < 20
+    theta = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "tt_theta" in n])
+    assert torch.isfinite(theta).all()
+    assert (theta == 0).float().mean() < 0.05  # the zero core of the identity has moved
+
+
+def test_files_and_tests_that_the_readme_names_exist():
+    for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", README):
+        if not link.startswith("docs/images/"):  # the picture is made by the demo
+            assert (ROOT / link).is_file(), link
+    for path in re.findall(r"tests/\w+/\w+\.py", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_commands_that_the_readme_names_exist():
+    from adazeta.cli import build_parser
+
+    commands = next(iter(build_parser()._subparsers._group_actions)).choices
+    named = set(re.findall(r"[`/]adazeta ([a-z]+)", README))
+    assert {"predict", "replay", "info", "train"} <= named
+    assert named <= set(commands), named - set(commands)
+    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == {"demo", "test"}
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_guide_shows_a_yaml_file_that_is_read(tmp_path):
+    from adazeta import options
+
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "run.yaml"
+        path.write_text(block)
+        values = options.read_yaml(str(path), [*options.RUN, *options.TRAIN])
+        assert values["label_words"] == {"0": " terrible", "1": " great"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_code_blocks_are_closed(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
