@@ -216,13 +216,13 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     if output.is_dir() and any(output.iterdir()) and not is_run(output):
         raise UserError(f"{output} is not empty and not a run folder: choose another --output")
     if resume:
-        if not _checkpoints(partial):
+        if not checkpoints(partial):
             done = " (it is complete)" if is_run(output) else ""
             raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
     else:
         if not overwrite and is_run(output):
             raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
-        if not overwrite and _checkpoints(partial):
+        if not overwrite and checkpoints(partial):
             raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
         with disk_errors(partial):
             shutil.rmtree(partial, ignore_errors=True)
@@ -230,12 +230,21 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     try:
         yield partial
     finally:
-        if partial.is_dir() and not _checkpoints(partial):
+        if partial.is_dir() and not checkpoints(partial):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of an unfinished run, oldest first; the Trainer writes their state file last."""
+
+    def whole(path: Path) -> bool:
+        try:
+            return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return False
+
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(filter(whole, numbered), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def close_partial(partial: Path, output: str | Path) -> None:

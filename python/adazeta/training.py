@@ -22,6 +22,7 @@ from adazeta.runs import (
     SUMMARY,
     Classifier,
     card_of,
+    checkpoints,
     close_partial,
     load_base,
     open_partial,
@@ -169,7 +170,7 @@ def fit(
     except (ValueError, TypeError) as error:
         raise UserError(f"settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _last_checkpoint(folder) if resume else None
+    checkpoint = str(checkpoints(folder)[-1]) if resume else None
     with disk_errors(folder), Peak() as peak:
         trainer.train(resume_from_checkpoint=checkpoint)
     if limits.interrupted:
@@ -192,15 +193,6 @@ def fit(
 def accuracy(prediction) -> dict[str, float]:
     """Return the accuracy of class scores, for ``Trainer(compute_metrics=...)``."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def _last_checkpoint(folder: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet: add --overwrite instead of --resume to start anew")
-    return checkpoint
 
 
 def train(
