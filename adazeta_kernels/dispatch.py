@@ -43,17 +43,17 @@ def requested(backend: str | None) -> str:
     return name
 
 
-def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> Callable:
-    """Find the function that runs `op` for these arguments.
+def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, **sizes: int) -> Callable:
+    """Find the function that runs `op` for these arguments; `sizes` are those that a backend may limit.
 
     Raises:
         ValueError: an unknown backend name.
         RuntimeError: a named backend cannot run the call; the message gives the reason.
     """
     name = requested(backend)
-    key = (op, name, device.type, dtype)
+    key = (op, name, device.type, dtype, *sizes.values())
     if key not in _choices:
-        _choices[key] = _choose(op, name, device, dtype)
+        _choices[key] = _choose(op, name, device, dtype, sizes)
     return _choices[key]
 
 
@@ -82,15 +82,15 @@ def differentiable(op: str, backend: str | None) -> Callable:
     return reference(op)
 
 
-def _choose(op, name, device, dtype):
+def _choose(op, name, device, dtype, sizes):
     if name != "auto":
-        reason = _why_not(name, op, device, dtype)
+        reason = _why_not(name, op, device, dtype, sizes)
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run {op} for {dtype} on {device.type}: {reason}")
         return getattr(_load(name)[0], op)
     # Triton needs a GPU (its interpreter on the CPU is for tests, by name).
     for candidate in (n for n in NAMES if n != "triton" or device.type != "cpu"):
-        reason = _why_not(candidate, op, device, dtype)
+        reason = _why_not(candidate, op, device, dtype, sizes)
         if reason is None:
             return getattr(_load(candidate)[0], op)
         # Only a backend that is missing as a whole costs speed the user could get back.
@@ -99,11 +99,11 @@ def _choose(op, name, device, dtype):
     raise RuntimeError(f"no backend can run {op} for {dtype} on {device.type}")
 
 
-def _why_not(name, op, device, dtype) -> str | None:
+def _why_not(name, op, device, dtype, sizes) -> str | None:
     module, reason = _load(name)
     if reason:
         return reason
-    return module.supports(op, device=device.type, dtype=dtype)
+    return module.supports(op, device=device.type, dtype=dtype, **sizes)
 
 
 @cache

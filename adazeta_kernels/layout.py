@@ -164,6 +164,8 @@ class TTAdapterLayout:
     Attributes:
         numel: length of theta.
         factor_numel: numbers of factors per probe.
+        max_cores: the larger number of cores of the two maps.
+        max_bond: the larger of the two ranks between L and R.
 
     Raises:
         ValueError: the shapes do not map `width -> bottleneck -> width`.
@@ -192,6 +194,8 @@ class TTAdapterLayout:
         object.__setattr__(self, "numel", sum(segment.numel for segment in self._segments))
         object.__setattr__(self, "factor_numel", sum(map(prod, factors)))
         object.__setattr__(self, "_encoded", _encode(self))
+        object.__setattr__(self, "max_cores", max(len(shape.core_shapes) for shape in (self.down, self.up)))
+        object.__setattr__(self, "max_bond", max(self.down.bond, self.up.bond))
 
     @classmethod
     def auto(

@@ -213,7 +213,7 @@ def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
     _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
     checks.finite_scales("tt_factors", scales)
-    run = dispatch.select("tt_factors", backend, theta.device, theta.dtype)
+    run = dispatch.select("tt_factors", backend, theta.device, theta.dtype, cores=layout.max_cores)
     if run is dispatch.reference("tt_factors"):
         # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
@@ -287,7 +287,8 @@ def tt_adapter(
 def _tt_adapter(x, factors, layout, act, scale, backend):
     layout = TTAdapterLayout.decode(layout)
     _tt_adapter_checks(x, factors, layout, act, scale)
-    return dispatch.select("tt_adapter", backend, x.device, x.dtype)(x, factors, layout, act, scale)
+    sizes = {"cores": layout.max_cores, "rank": layout.max_bond, "bottleneck": layout.bottleneck}
+    return dispatch.select("tt_adapter", backend, x.device, x.dtype, **sizes)(x, factors, layout, act, scale)
 
 
 def _tt_adapter_checks(x, factors, layout, act, scale):
@@ -350,7 +351,7 @@ def tt_linear(
 
 def _tt_linear(x, L, R, bias, backend):
     checks.tt_linear(x, L, R, bias)
-    return dispatch.select("tt_linear", backend, x.device, x.dtype)(x, L, R, bias)
+    return dispatch.select("tt_linear", backend, x.device, x.dtype, rank=L.shape[2])(x, L, R, bias)
 
 
 def _tt_linear_fake(x, L, R, bias, backend):
@@ -409,7 +410,8 @@ def low_rank_linear(
 def _low_rank_linear(x, base, A, B, scale, backend):
     checks.low_rank_linear(x, base, A, B)
     checks.finite("low_rank_linear", "scale", scale)
-    return dispatch.select("low_rank_linear", backend, x.device, x.dtype)(x, base, A, B, scale)
+    run = dispatch.select("low_rank_linear", backend, x.device, x.dtype, rank=A.shape[2])
+    return run(x, base, A, B, scale)
 
 
 def _low_rank_linear_fake(x, base, A, B, scale, backend):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from adazeta_kernels.layout import TTAdapterLayout
+
 try:
     from adazeta_kernels import _native
 except ImportError as error:
@@ -12,7 +14,9 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
-_OPS = ("fill_normal_", "perturb_", "perturb_rows")
+_ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3, "identity": 4}
+_OPS = ("fill_normal_", "perturb_", "perturb_rows", "tt_factors", "tt_adapter", "tt_linear", "low_rank_linear")
+_FLOAT32_ONLY = ("perturb_rows", "tt_factors")
 
 
 def unavailable() -> str | None:
@@ -22,14 +26,30 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(op: str, *, device: str, dtype: torch.dtype) -> str | None:
-    """None, or why the native kernels do not run `op` on such tensors."""
+def supports(
+    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 0, bottleneck: int = 0
+) -> str | None:
+    """None, or why the native kernels do not run `op` on such tensors.
+
+    Args:
+        cores: the most cores of a map.
+        rank: the largest bond between L and R.
+        bottleneck: width between the two maps.
+    """
     if op not in _OPS:
         return f"no native kernel of {op} yet"
     if device != "cpu":
         return f"native kernels run on the CPU, not yet on {device}"
-    if dtype not in _DTYPES or (op == "perturb_rows" and dtype != torch.float32):
+    if dtype not in _DTYPES or (op in _FLOAT32_ONLY and dtype != torch.float32):
         return f"no native kernel of {op} for {dtype}"
+    limits = (
+        ("cores of a map", cores, _native.MAX_CORES),
+        ("rank", rank, _native.MAX_RANK),
+        ("bottleneck", bottleneck, _native.MAX_BOTTLENECK),
+    )
+    for what, value, limit in limits:
+        if value > limit:
+            return f"{what} {value} is above the native kernel's limit of {limit}"
     return None
 
 
@@ -104,3 +124,110 @@ def perturb_rows(
         level,
     )
     return out
+
+
+def tt_factors(
+    theta: torch.Tensor,
+    layout: TTAdapterLayout,
+    seeds: torch.Tensor,
+    scales: torch.Tensor,
+    offset: int,
+    distribution: str,
+    *,
+    level: str = "auto",
+) -> torch.Tensor:
+    """Factors `(P, F)` of theta + scales[p] z(seeds[p]); see ops.tt_factors."""
+    theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
+    out = theta.new_empty((seeds.numel(), layout.factor_numel))
+    _native.tt_factors(
+        theta.data_ptr(),
+        out.data_ptr(),
+        layout._encoded,
+        seeds.data_ptr(),
+        scales.data_ptr(),
+        seeds.numel(),
+        offset,
+        _DISTRIBUTIONS[distribution],
+        torch.get_num_threads(),
+        level,
+    )
+    return out
+
+
+def tt_adapter(
+    x: torch.Tensor,
+    factors: torch.Tensor,
+    layout: TTAdapterLayout,
+    act: str,
+    scale: float,
+    *,
+    level: str = "auto",
+) -> torch.Tensor:
+    """`x + scale * up(act(down(x)))`; see ops.tt_adapter."""
+    x, factors = x.contiguous(), _dense_rows(factors)
+    y = torch.empty_like(x)
+    _native.tt_adapter(
+        x.data_ptr(),
+        y.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        layout._encoded,
+        factors.data_ptr(),
+        factors.stride(0),
+        _ACTS[act],
+        scale,
+        torch.get_num_threads(),
+        level,
+    )
+    return y
+
+
+def tt_linear(
+    x: torch.Tensor, L: torch.Tensor, R: torch.Tensor, bias: torch.Tensor | None, *, level: str = "auto"
+) -> torch.Tensor:
+    """`(x L) R + bias`; see ops.tt_linear."""
+    return _low_rank(_native.tt_linear, x, None, L, R, bias, 1.0, level)
+
+
+def low_rank_linear(
+    x: torch.Tensor, base: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, *, level: str = "auto"
+) -> torch.Tensor:
+    """`base + scale * (x A) B`; see ops.low_rank_linear."""
+    return _low_rank(_native.low_rank_linear, x, base.contiguous(), A, B, None, scale, level)
+
+
+def _low_rank(kernel, x, base, left, right, bias, scale, level):
+    x, left, right = x.contiguous(), _dense_rows(left), _dense_rows(right)
+    if bias is not None:
+        bias = _dense_rows(bias)
+    probes, tokens, d_in = x.shape
+    rank, d_out = right.shape[1:]
+    y = x.new_empty((probes, tokens, d_out))
+    kernel(
+        x.data_ptr(),
+        0 if base is None else base.data_ptr(),
+        y.data_ptr(),
+        _DTYPES[x.dtype],
+        probes,
+        tokens,
+        d_in,
+        d_out,
+        rank,
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        right.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.stride(0),
+        scale,
+        torch.get_num_threads(),
+        level,
+    )
+    return y
+
+
+def _dense_rows(tensor):
+    """The tensor, copied unless each of its rows (dimension 0) is dense; the distance between rows may be anything."""
+    dense = tensor.shape[0] > 0 and tensor[0].is_contiguous()
+    return tensor if dense else tensor.contiguous()

@@ -26,12 +26,16 @@ bool has_v4() {
 }
 #endif
 
+#define ADAZETA_LEVEL_KERNELS(label, name)                                                                       \
+  {label,           name::fill_normal,    name::perturb, name::perturb_rows, name::tt_factors, name::tt_adapter, \
+   name::tt_linear, name::low_rank_linear}
+
 const Level kLevels[] = {
 #if defined(ADAZETA_X86_LEVELS)
-    {{"v4", level_v4::fill_normal, level_v4::perturb, level_v4::perturb_rows}, has_v4},
-    {{"v3", level_v3::fill_normal, level_v3::perturb, level_v3::perturb_rows}, has_v3},
+    {ADAZETA_LEVEL_KERNELS("v4", level_v4), has_v4},
+    {ADAZETA_LEVEL_KERNELS("v3", level_v3), has_v3},
 #endif
-    {{"default", level_default::fill_normal, level_default::perturb, level_default::perturb_rows}, always},
+    {ADAZETA_LEVEL_KERNELS("default", level_default), always},
 };
 
 }  // namespace

@@ -10,6 +10,10 @@
   void fill_normal(const FillNormalParams&);   \
   void perturb(const PerturbParams&);          \
   void perturb_rows(const PerturbRowsParams&); \
+  void tt_factors(const TTFactorsParams&);     \
+  void tt_adapter(const TTAdapterParams&);     \
+  void tt_linear(const LowRankParams&);        \
+  void low_rank_linear(const LowRankParams&);  \
   }
 
 namespace adazeta {
@@ -25,6 +29,10 @@ struct Kernels {
   void (*fill_normal)(const FillNormalParams&);
   void (*perturb)(const PerturbParams&);
   void (*perturb_rows)(const PerturbRowsParams&);
+  void (*tt_factors)(const TTFactorsParams&);
+  void (*tt_adapter)(const TTAdapterParams&);
+  void (*tt_linear)(const LowRankParams&);
+  void (*low_rank_linear)(const LowRankParams&);
 };
 
 // The kernels of the level called `name`, or of the best one when name is "auto"; null when this CPU cannot run them.

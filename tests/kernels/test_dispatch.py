@@ -28,7 +28,7 @@ class Counting:
         return None
 
     @staticmethod
-    def supports(op, *, device, dtype):
+    def supports(op, *, device, dtype, **sizes):
         return None if op == "fill_normal_" and dtype == torch.float32 else f"no {op} for {dtype}"
 
     @classmethod
@@ -130,7 +130,7 @@ def test_tt_factors_takes_directions_from_the_fastest_backend(native, monkeypatc
 
     class Rows(Counting):
         @staticmethod
-        def supports(op, *, device, dtype):
+        def supports(op, *, device, dtype, **sizes):
             return None if op == "perturb_rows" else "no"
 
         @staticmethod

@@ -158,14 +158,15 @@ def test_nan_stays_in_its_row():
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_allocates_the_result_and_little_else(dtype):
+def test_allocates_the_result_and_little_else(dtype, backend):
     x, theta, _, _ = make(LAYOUT, 32, 128, dtype)
     factors = tt_factors(theta, LAYOUT, list(range(32)), [1e-3] * 32)
     with torch.no_grad():
-        tt_adapter(x, factors, LAYOUT)
+        tt_adapter(x, factors, LAYOUT, backend=backend)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            y = tt_adapter(x, factors, LAYOUT)
+            y = tt_adapter(x, factors, LAYOUT, backend=backend)
     sizes = [
         event.extra_fields.alloc_size
         for event in walk(profile.profiler.kineto_results.experimental_event_tree())
@@ -176,7 +177,7 @@ def test_allocates_the_result_and_little_else(dtype):
     small = 32 * 128 * 64 * 4  # an intermediate of bottleneck width in fp32
     blocks = 1.25 * 2**20  # half precision is raised to fp32 in blocks of 1 MiB
     assert allocated[0] == y_bytes
-    assert allocated[1] <= (small if dtype == torch.float32 else blocks)
+    assert max(allocated[1:], default=0) <= (small if dtype == torch.float32 else blocks)
     held = peak = 0
     for size in sizes:
         held += size

@@ -79,18 +79,26 @@ def test_virtual_perturbation_has_the_bits_of_perturb_in_place(layout, backend, 
     offset = 2**33 + 3
     factors = tt_factors(theta, layout, SEEDS, SCALES, offset=offset, distribution=distribution, backend=backend)
     assert torch.equal(theta, before)
-    moved = []
+    rows = []
     for seed, scale in zip(SEEDS, SCALES, strict=True):
         copy = theta.clone()
         perturb_([copy], [seed], [scale], offset=offset, distribution=distribution, backend=backend)
-        moved.append(copy)
-    assert torch.equal(factors, reference.contract_cores(torch.stack(moved), layout))
+        # Four probes at once as well: a batched product may sum in another order than a single one.
+        rows.append(tt_factors(copy, layout, SEEDS, [0.0] * 4, backend=backend)[0])
+    assert torch.equal(factors, torch.stack(rows))
 
 
-def test_backends_agree_bit_for_bit(layout):
+def test_backends_agree(layout):
+    """Biases, which are not contracted, to the bit; products of cores to rounding."""
     theta = theta_for(layout)
     args = (theta, layout, SEEDS, SCALES)
-    assert torch.equal(tt_factors(*args, backend="auto"), tt_factors(*args, backend="reference"))
+    got, expected = (layout.split_factors(tt_factors(*args, backend=b)) for b in ("auto", "reference"))
+    exact = layout.split_factors(tt_factors(theta.double(), layout, SEEDS, SCALES))
+    for position, (a, b, c) in enumerate(zip(got, expected, exact, strict=True)):
+        if position in (2, 5):
+            assert (a is None and b is None) or torch.equal(a, b)
+        else:
+            assert_as_exact_as(a, b, c)
 
 
 def test_each_probe_is_what_it_is_alone(layout):
@@ -115,7 +123,11 @@ def test_scale_zero_is_theta_itself():
     layout = LAYOUTS["576x64"]
     theta = theta_for(layout)
     factors = tt_factors(theta, layout, [1, 2], [0.0, 0.0])
-    assert torch.equal(factors, reference.contract_cores(theta.expand(2, -1), layout))
+    assert_as_exact_as(
+        factors,
+        reference.contract_cores(theta.expand(2, -1), layout),
+        reference.contract_cores(theta.double().expand(2, -1), layout),
+    )
     assert torch.equal(factors[0], factors[1])
 
 
@@ -146,4 +158,5 @@ def test_gradient_flows_to_theta_at_the_perturbed_point():
     assert recorded.requires_grad
     with torch.no_grad():
         plain = tt_factors(theta32, layout, [1, 2], [0.0, 0.3])
-    assert not plain.requires_grad and torch.equal(recorded, plain)
+    assert not plain.requires_grad
+    assert (recorded - plain).abs().max() <= 1e-6 * plain.abs().max()

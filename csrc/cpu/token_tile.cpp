@@ -1,0 +1,204 @@
+#include "token_tile.h"
+
+#include <cstring>
+
+#include "vec.h"
+
+namespace adazeta {
+namespace ADAZETA_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kGroup = 4;  // tokens together: accumulators, one per token and rank, fill the registers
+#else
+constexpr int kGroup = 2;
+#endif
+constexpr int kMaxPart = 6;  // ranks together
+
+// Calls use(std::integral_constant-like n) for n in 1 .. kMax.
+template <int kN>
+struct Number {
+  static constexpr int value = kN;
+};
+template <int kMax, class Use>
+ADAZETA_HD void with_number(int n, const Use& use) {
+  if constexpr (kMax == 1) {
+    use(Number<1>{});
+  } else {
+    n == kMax ? use(Number<kMax>{}) : with_number<kMax - 1>(n, use);
+  }
+}
+
+template <class Use>
+ADAZETA_HD void with_dtype(Dtype dtype, const Use& use) {
+  if (dtype == Dtype::kFloat32) return use(float{});
+  if (dtype == Dtype::kBFloat16) return use(BFloat16{});
+  return use(Float16{});
+}
+
+// kCount tokens times kPart columns of the turned L.
+template <class X, int kCount, int kPart>
+void project_part(const X* x, const float* panel, int64_t d, float* h) {
+  const int64_t pitch = panel_pitch(d);
+  Vec sum[kCount][kPart] = {};
+  const auto columns = [&](int64_t i, auto load_x) {
+    Vec value[kCount];
+    for (int t = 0; t < kCount; ++t) value[t] = load_x(x + t * d + i);
+    for (int j = 0; j < kPart; ++j) {
+      const Vec left = load(panel + j * pitch + i);
+      for (int t = 0; t < kCount; ++t) sum[t][j] = VecMath::fma(value[t], left, sum[t][j]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kVec <= d; i += kVec) columns(i, [](const X* p) { return load(p); });
+  if (i < d) {
+    const int rest = static_cast<int>(d - i);
+    columns(i, [rest](const X* p) { return load(p, rest); });
+  }
+  for (int j = 0; j < kPart; ++j) {
+    float sums[4];
+    lane_sums(sums, sum[0][j], sum[1 % kCount][j], sum[2 % kCount][j], sum[3 % kCount][j]);
+    memcpy(h + j * kTokens, sums, kCount * sizeof(float));
+  }
+}
+
+template <class Y, int kCount, int kRank>
+void expand_part(const Y* base, Y* y, const float* g, const float* right, int64_t d, int rank, const float* bias,
+                 float scale) {
+  const int ranks = kRank == 0 ? rank : kRank;
+  const auto columns = [&](int64_t i, auto load_y, auto load_f, auto store_y) {
+    Vec sum[kCount];
+    const Vec first = bias == nullptr ? Vec{} : VecMath::set(scale) * load_f(bias + i);
+    for (int t = 0; t < kCount; ++t) sum[t] = first;
+    for (int j = 0; j < ranks; ++j) {
+      const Vec row = load_f(right + j * d + i);
+      for (int t = 0; t < kCount; ++t) sum[t] = VecMath::fma(VecMath::set(g[j * kTokens + t]), row, sum[t]);
+    }
+    for (int t = 0; t < kCount; ++t)
+      store_y(y + t * d + i, base == nullptr ? sum[t] : load_y(base + t * d + i) + sum[t]);
+  };
+  int64_t i = 0;
+  for (; i + kVec <= d; i += kVec) {
+    columns(
+        i, [](const Y* p) { return load(p); }, [](const float* p) { return load(p); },
+        [](Y* p, Vec v) { store(p, v); });
+  }
+  if (i < d) {
+    const int rest = static_cast<int>(d - i);
+    columns(
+        i, [rest](const Y* p) { return load(p, rest); }, [rest](const float* p) { return load(p, rest); },
+        [rest](Y* p, Vec v) { store(p, v, rest); });
+  }
+}
+
+// Lane l of the v-th of kRank vectors of a row-major (kVec, kRank) block lies in row (v kVec + l) / kRank.
+template <int kRank>
+struct RowOfLane {
+  int32_t row[kRank][kVec];
+  constexpr RowOfLane() : row() {
+    for (int v = 0; v < kRank; ++v) {
+      for (int l = 0; l < kVec; ++l) row[v][l] = (v * kVec + l) / kRank;
+    }
+  }
+};
+
+// value[row[l]] in lane l.
+ADAZETA_HD Vec spread(Vec value, const int32_t* row) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(row), value);
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(value, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+#else
+  float from[kVec], to[kVec];
+  store(from, value);
+  for (int l = 0; l < kVec; ++l) to[l] = from[row[l]];
+  return load(to);
+#endif
+}
+
+template <class X, int kRank>
+void project_row_part(const X* x, const float* left, int64_t d, float* h) {
+  static constexpr RowOfLane<kRank> kRows{};
+  Vec sum[kRank] = {};
+  int64_t i = 0;
+  for (; i + kVec <= d; i += kVec) {
+    const Vec value = load(x + i);
+    for (int v = 0; v < kRank; ++v) {
+      sum[v] = VecMath::fma(spread(value, kRows.row[v]), load(left + i * kRank + v * kVec), sum[v]);
+    }
+  }
+  if (i < d) {
+    const Vec value = load(x + i, static_cast<int>(d - i));
+    const int rest = static_cast<int>(d - i) * kRank;
+    for (int v = 0; v < kRank && v * kVec < rest; ++v) {
+      const int n = rest - v * kVec < kVec ? rest - v * kVec : kVec;
+      sum[v] = VecMath::fma(spread(value, kRows.row[v]), load(left + i * kRank + v * kVec, n), sum[v]);
+    }
+  }
+  float lanes[kRank * kVec];
+  for (int v = 0; v < kRank; ++v) store(lanes + v * kVec, sum[v]);
+  for (int j = 0; j < kRank; ++j) {
+    float total = lanes[j];
+    for (int l = 1; l < kVec; ++l) total += lanes[l * kRank + j];
+    h[j * kTokens] = total;
+  }
+}
+
+}  // namespace
+
+void turn(const float* left, int64_t d, int rank, float* panel) {
+  const int64_t pitch = panel_pitch(d);
+  for (int j = 0; j < rank; ++j) {
+    for (int64_t i = 0; i < d; ++i) panel[j * pitch + i] = left[i * rank + j];
+    for (int64_t i = d; i < pitch; ++i) panel[j * pitch + i] = 0.0f;
+  }
+}
+
+void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t d, int rank, float* h) {
+  const int parts = (rank + kMaxPart - 1) / kMaxPart;
+  with_dtype(dtype, [&](auto type) {
+    using X = decltype(type);
+    const X* rows = static_cast<const X*>(x);
+    for (int part = 0; part < parts; ++part) {
+      const int first = rank * part / parts, count = rank * (part + 1) / parts - first;
+      const float* columns = panel + first * panel_pitch(d);
+      with_number<kMaxPart>(count, [&](auto ranks) {
+        int t = 0;
+        for (; t + kGroup <= tokens; t += kGroup) {
+          project_part<X, kGroup, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t);
+        }
+        for (; t < tokens; ++t) project_part<X, 1, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t);
+      });
+    }
+  });
+}
+
+void project_row(Dtype dtype, const void* x, const float* left, int64_t d, int rank, float* h) {
+  with_dtype(dtype, [&](auto type) {
+    using X = decltype(type);
+    with_number<kMaxRowRank>(
+        rank, [&](auto ranks) { project_row_part<X, ranks.value>(static_cast<const X*>(x), left, d, h); });
+  });
+}
+
+void expand(Dtype dtype, const void* base, void* y, int tokens, const float* g, const float* right, int64_t d, int rank,
+            const float* bias, float scale) {
+  with_dtype(dtype, [&](auto type) {
+    using Y = decltype(type);
+    const auto run = [&](auto ranks) {
+      const Y* from = static_cast<const Y*>(base);
+      Y* to = static_cast<Y*>(y);
+      const auto group = [&](auto count, int t) {
+        expand_part<Y, count.value, ranks.value>(from == nullptr ? nullptr : from + t * d, to + t * d, g + t, right, d,
+                                                 rank, bias, scale);
+      };
+      int t = 0;
+      for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
+      for (; t < tokens; ++t) group(Number<1>{}, t);
+    };
+    rank <= kMaxPart ? with_number<kMaxPart>(rank, run) : run(Number<0>{});
+  });
+}
+
+}  // namespace ADAZETA_LEVEL
+}  // namespace adazeta
