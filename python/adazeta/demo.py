@@ -16,7 +16,8 @@ def measure_memory(
     """Compare the peak memory of one estimate with that of a frozen forward of the same rows.
 
     The batch is made of the longest prompts. Both are run once before they are measured, so that buffers which stay
-    are counted in neither; ``theta`` is not touched.
+    are counted in neither, and measured twice: what the allocator happens to hold can only add, so the lower mark
+    counts. ``theta`` is not touched.
 
     Args:
         model_bytes: resident memory with the model loaded and nothing run yet.
@@ -45,20 +46,23 @@ def measure_memory(
 
     optimizer.estimate(recorder, batch)
     frozen()
-    with Peak() as frozen_peak:
-        frozen()
-    with Peak() as estimate_peak:
+    peaks: dict[str, list[Peak]] = {"frozen": [], "estimate": []}
+    for _ in range(2):
+        with Peak() as peak:
+            frozen()
+        peaks["frozen"].append(peak)
         optimizer.zero_grad()
-        optimizer.estimate(loss, batch)
+        with Peak() as peak:
+            optimizer.estimate(loss, batch)
+        peaks["estimate"].append(peak)
     optimizer.zero_grad()
-    frozen_bytes = frozen_peak.bytes - model_bytes
-    estimate_bytes = estimate_peak.bytes - model_bytes
+    frozen_bytes, estimate_bytes = (min(peak.bytes for peak in found) - model_bytes for found in peaks.values())
     return {
         "frozen_bytes": frozen_bytes,
         "estimate_bytes": estimate_bytes,
         "over_frozen_bytes": estimate_bytes - frozen_bytes,
         "allowed_bytes": int(0.05 * frozen_bytes) + 16 * MIB,
-        "exact": frozen_peak.exact and estimate_peak.exact,
+        "exact": all(peak.exact for found in peaks.values() for peak in found),
     }
 
 
