@@ -11,39 +11,23 @@
 
 #include "adazeta/params.h"
 #include "adazeta/tt.h"
+#include "checked.h"
+#include "cpu/huge_pages.h"
 #include "cpu/levels.h"
 #include "cuda/probe.h"
+#if defined(ADAZETA_WITH_CUDA)
+#include "cuda_calls.h"
+#endif
 
 namespace py = pybind11;
 using namespace adazeta;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 const Kernels& kernels(const std::string& level) {
   const Kernels* found = find_kernels(level.c_str());
   if (found == nullptr) throw py::value_error("level '" + level + "' is not built or this CPU cannot run it");
   return *found;
-}
-
-Dtype checked_dtype(int code) {
-  if (code < 0 || code > static_cast<int>(Dtype::kFloat16)) {
-    throw py::value_error("expected a dtype code of 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                          std::to_string(code));
-  }
-  return static_cast<Dtype>(code);
-}
-
-Distribution checked_distribution(int code) {
-  if (code < 0 || code > static_cast<int>(Distribution::kRademacher)) {
-    throw py::value_error("expected a distribution code of 0 (gaussian) or 1 (rademacher), got " +
-                          std::to_string(code));
-  }
-  return static_cast<Distribution>(code);
 }
 
 // Fewer elements than this are done before other threads are awake. One thread or all: libgomp ends and starts threads
@@ -53,13 +37,6 @@ constexpr int64_t kSerialElements = 65536;
 int32_t useful_threads(int threads, int64_t elements) {
   if (threads < 1) throw py::value_error("expected at least 1 thread, got " + std::to_string(threads));
   return elements < kSerialElements ? 1 : threads;
-}
-
-void check_size(int64_t numel, uint64_t offset) {
-  if (numel < 0 || offset > (uint64_t{1} << 63) - static_cast<uint64_t>(numel)) {
-    throw py::value_error("expected indices below 2^63, got offset " + std::to_string(offset) + " and " +
-                          std::to_string(numel) + " elements");
-  }
 }
 
 void fill_normal(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_t offset, int distribution, int threads,
@@ -79,17 +56,8 @@ void fill_normal(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_
 void perturb(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels, const std::vector<int>& dtypes,
              uintptr_t seeds, uintptr_t scales, int64_t seed_count, uint64_t offset, float decay, int distribution,
              int threads, const std::string& level) {
-  if (pointers.size() != numels.size() || pointers.size() != dtypes.size()) {
-    throw py::value_error("expected pointers, numels and dtypes of one length");
-  }
-  std::vector<TensorRef> tensors;
-  tensors.reserve(pointers.size());
   int64_t numel = 0;
-  for (size_t i = 0; i < pointers.size(); ++i) {
-    check_size(numels[i], offset + static_cast<uint64_t>(numel));
-    if (numels[i] > 0) tensors.push_back({pointer<void>(pointers[i]), numel, checked_dtype(dtypes[i])});
-    numel += numels[i];
-  }
+  const std::vector<TensorRef> tensors = checked_tensors(pointers, numels, dtypes, offset, &numel);
   const PerturbParams params{tensors.data(),
                              static_cast<int64_t>(tensors.size()),
                              numel,
@@ -122,54 +90,6 @@ void perturb_rows(uintptr_t theta, uintptr_t out, int64_t rows, int64_t numel, u
   k.perturb_rows(params);
 }
 
-// Reads what TTAdapterLayout.encode wrote, from the count of input factors of one map on.
-TTMap checked_map(const std::vector<int64_t>& code, size_t* at) {
-  const auto next = [&] {
-    if (*at >= code.size()) throw py::value_error("expected an encoded layout, got one that is cut short");
-    return code[(*at)++];
-  };
-  const auto checked = [&](const char* what, int64_t most) {
-    const int64_t value = next();
-    if (value < 1 || value > most) {
-      throw py::value_error(std::string("expected ") + what + " of 1 to " + std::to_string(most) + ", got " +
-                            std::to_string(value));
-    }
-    return static_cast<int32_t>(value);
-  };
-  TTMap map{};
-  map.in_count = checked("a number of cores", kMaxCores);
-  map.out_count = checked("a number of cores", kMaxCores);
-  if (core_count(map) > kMaxCores) throw py::value_error("expected at most 16 cores in a map");
-  for (int k = 0; k < core_count(map); ++k) map.dims[k] = checked("a dimension", int64_t{1} << 30);
-  map.ranks[0] = map.ranks[core_count(map)] = 1;
-  for (int k = 1; k < core_count(map); ++k) map.ranks[k] = checked("a rank", int64_t{1} << 20);
-  return map;
-}
-
-TTLayout checked_layout(const std::vector<int64_t>& code) {
-  size_t at = 4;  // behind version, width, bottleneck and bias
-  TTLayout layout{};
-  layout.down = checked_map(code, &at);
-  layout.up = checked_map(code, &at);
-  layout.bias = code[3] != 0;
-  return layout;
-}
-
-Act checked_act(int code) {
-  if (code < 0 || code > static_cast<int>(Act::kIdentity)) {
-    throw py::value_error("expected an act code of 0 (relu), 1 (gelu), 2 (silu), 3 (tanh) or 4 (identity), got " +
-                          std::to_string(code));
-  }
-  return static_cast<Act>(code);
-}
-
-int32_t checked_rank(int64_t rank) {
-  if (rank < 1 || rank > kMaxRank) {
-    throw py::value_error("expected a rank of 1 to " + std::to_string(kMaxRank) + ", got " + std::to_string(rank));
-  }
-  return static_cast<int32_t>(rank);
-}
-
 void tt_factors(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layout, uintptr_t seeds, uintptr_t scales,
                 int64_t probes, uint64_t offset, int distribution, int threads, const std::string& level) {
   TTFactorsParams params{pointer<const float>(theta),
@@ -185,6 +105,7 @@ void tt_factors(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layo
   params.threads = useful_threads(threads, probes * (2 * theta_numel(params.layout) + factor_numel(params.layout)));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
+  prefer_huge_pages(params.out, probes * factor_numel(params.layout) * 4);
   k.tt_factors(params);
 }
 
@@ -213,6 +134,7 @@ void tt_adapter(uintptr_t x, uintptr_t y, int dtype, int64_t probes, int64_t tok
                                useful_threads(threads, probes * (2 * tokens * width + factor_numel(shape)))};
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
+  prefer_huge_pages(params.y.data, probes * tokens * width * element_size(type));
   k.tt_adapter(params);
 }
 
@@ -240,6 +162,7 @@ void low_rank(uintptr_t x, uintptr_t base, uintptr_t y, int dtype, int64_t probe
                              useful_threads(threads, probes * (tokens + rank) * (d_in + d_out))};
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
+  prefer_huge_pages(params.y.data, probes * tokens * d_out * element_size(type));
   (k.*kKernel)(params);
 }
 
@@ -288,4 +211,19 @@ PYBIND11_MODULE(_native, m) {
     if (error != nullptr) throw std::runtime_error(error);
     return count;
   });
+#if defined(ADAZETA_WITH_CUDA)
+  // Device addresses; `where` is (index of the device, address of the stream). Seeds and scales are host addresses.
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  m.def("cuda_fill_normal", &cuda::fill_normal, released, py::arg("out"), py::arg("numel"), py::arg("dtype"),
+        py::arg("seed"), py::arg("offset"), py::arg("distribution"), py::arg("where"));
+  m.def("cuda_perturb", &cuda::perturb, released, py::arg("pointers"), py::arg("numels"), py::arg("dtypes"),
+        py::arg("seeds"), py::arg("scales"), py::arg("seed_count"), py::arg("offset"), py::arg("decay"),
+        py::arg("distribution"), py::arg("table"), py::arg("where"));
+  m.def("cuda_perturb_table_bytes", &cuda_perturb_table_bytes, py::arg("tensors"), py::arg("seeds"));
+  m.def("cuda_write_perturb_table", &cuda::write_perturb_table, py::arg("pointers"), py::arg("numels"),
+        py::arg("dtypes"), py::arg("seeds"), py::arg("scales"), py::arg("seed_count"), py::arg("host"));
+  m.def("cuda_perturb_rows", &cuda::perturb_rows, released, py::arg("theta"), py::arg("out"), py::arg("rows"),
+        py::arg("numel"), py::arg("seeds"), py::arg("scales"), py::arg("offset"), py::arg("distribution"),
+        py::arg("where"));
+#endif
 }

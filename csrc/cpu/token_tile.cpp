@@ -38,12 +38,18 @@ ADAZETA_HD void with_dtype(Dtype dtype, const Use& use) {
 
 // kCount tokens times kPart columns of the turned L.
 template <class X, int kCount, int kPart>
-void project_part(const X* x, const float* panel, int64_t d, float* h) {
+void project_part(const X* x, const float* panel, int64_t d, float* h, const X* next) {
   const int64_t pitch = panel_pitch(d);
-  Vec sum[kCount][kPart] = {};
+  Vec sum[kCount][kPart];
+  for (auto& row : sum) {
+    for (Vec& s : row) s = Vec{};
+  }
   const auto columns = [&](int64_t i, auto load_x) {
     Vec value[kCount];
-    for (int t = 0; t < kCount; ++t) value[t] = load_x(x + t * d + i);
+    for (int t = 0; t < kCount; ++t) {
+      value[t] = load_x(x + t * d + i);
+      if (next != nullptr) __builtin_prefetch(next + t * d + i, 1);
+    }
     for (int j = 0; j < kPart; ++j) {
       const Vec left = load(panel + j * pitch + i);
       for (int t = 0; t < kCount; ++t) sum[t][j] = VecMath::fma(value[t], left, sum[t][j]);
@@ -66,16 +72,30 @@ template <class Y, int kCount, int kRank>
 void expand_part(const Y* base, Y* y, const float* g, const float* right, int64_t d, int rank, const float* bias,
                  float scale) {
   const int ranks = kRank == 0 ? rank : kRank;
+  // In registers: the compiler must assume that y overlaps g, and would load g again and again.
+  Vec known[kRank == 0 ? 1 : kRank][kCount];
+  for (int j = 0; j < kRank; ++j) {
+    for (int t = 0; t < kCount; ++t) known[j][t] = VecMath::set(g[j * kTokens + t]);
+  }
   const auto columns = [&](int64_t i, auto load_y, auto load_f, auto store_y) {
     Vec sum[kCount];
     const Vec first = bias == nullptr ? Vec{} : VecMath::set(scale) * load_f(bias + i);
     for (int t = 0; t < kCount; ++t) sum[t] = first;
     for (int j = 0; j < ranks; ++j) {
       const Vec row = load_f(right + j * d + i);
-      for (int t = 0; t < kCount; ++t) sum[t] = VecMath::fma(VecMath::set(g[j * kTokens + t]), row, sum[t]);
+      for (int t = 0; t < kCount; ++t) {
+        sum[t] = VecMath::fma(kRank == 0 ? VecMath::set(g[j * kTokens + t]) : known[j][t], row, sum[t]);
+      }
     }
-    for (int t = 0; t < kCount; ++t)
-      store_y(y + t * d + i, base == nullptr ? sum[t] : load_y(base + t * d + i) + sum[t]);
+    for (int t = 0; t < kCount; ++t) {
+      if (base == nullptr) {
+        store_y(y + t * d + i, sum[t]);
+      } else {
+        store_y(y + t * d + i, load_y(base + t * d + i) + sum[t]);
+        // The same place in the next tile, which follows in memory: rows are too short for the hardware to run ahead.
+        __builtin_prefetch(base + (kTokens + t) * d + i);
+      }
+    }
   };
   int64_t i = 0;
   for (; i + kVec <= d; i += kVec) {
@@ -154,7 +174,8 @@ void turn(const float* left, int64_t d, int rank, float* panel) {
   }
 }
 
-void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t d, int rank, float* h) {
+void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t d, int rank, float* h,
+             const void* next) {
   const int parts = (rank + kMaxPart - 1) / kMaxPart;
   with_dtype(dtype, [&](auto type) {
     using X = decltype(type);
@@ -162,12 +183,15 @@ void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t
     for (int part = 0; part < parts; ++part) {
       const int first = rank * part / parts, count = rank * (part + 1) / parts - first;
       const float* columns = panel + first * panel_pitch(d);
+      const X* result = part == 0 ? static_cast<const X*>(next) : nullptr;
       with_number<kMaxPart>(count, [&](auto ranks) {
+        const auto group = [&](auto size, int t) {
+          project_part<X, size.value, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t,
+                                                   result == nullptr ? nullptr : result + t * d);
+        };
         int t = 0;
-        for (; t + kGroup <= tokens; t += kGroup) {
-          project_part<X, kGroup, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t);
-        }
-        for (; t < tokens; ++t) project_part<X, 1, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t);
+        for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
+        for (; t < tokens; ++t) group(Number<1>{}, t);
       });
     }
   });

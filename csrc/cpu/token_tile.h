@@ -18,7 +18,6 @@ constexpr int kPanelAlign = 16;  // numbers
 
 inline int64_t panel_pitch(int64_t d) { return (d + kPanelAlign - 1) / kPanelAlign * kPanelAlign; }
 
-inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 inline void* at(const Tokens& t, int64_t element) {
   return t.data == nullptr ? nullptr : static_cast<char*>(t.data) + element * element_size(t.dtype);
 }
@@ -26,8 +25,10 @@ inline void* at(const Tokens& t, int64_t element) {
 // panel [rank, panel_pitch(d)] <- left [d, rank] turned, zeros behind.
 void turn(const float* left, int64_t d, int rank, float* panel);
 
-// h [rank, kTokens] <- x [tokens, d] L, with L turned.
-void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t d, int rank, float* h);
+// h [rank, kTokens] <- x [tokens, d] L, with L turned. `next`, unless null, is where a result of the shape of x will be
+// written: its cache lines are fetched meanwhile.
+void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t d, int rank, float* h,
+             const void* next = nullptr);
 
 // The same for one token (lane 0 of h) and left [d, rank] as it is; rank at most kMaxRowRank.
 void project_row(Dtype dtype, const void* x, const float* left, int64_t d, int rank, float* h);

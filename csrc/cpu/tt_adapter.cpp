@@ -30,21 +30,40 @@ Factors split(const TTAdapterParams& p, int64_t probe) {
   return f;
 }
 
-// g [rank_up, kTokens] <- scale act(h R1 + b1) L2, tokens as lanes.
-template <Act kAct>
+// g [rank_up, kTokens] <- scale act(h R1 + b1) L2, tokens as lanes. kRank is both ranks, 0 when they differ or are
+// large.
+template <Act kAct, int kRank>
 void narrow_tile(const TTAdapterParams& p, const Factors& f, const float* h, float* g) {
+  const int rank_down = kRank == 0 ? p.rank_down : kRank, rank_up = kRank == 0 ? p.rank_up : kRank;
   for (int lane = 0; lane < kTokens; lane += kVec) {
-    Vec sum[kMaxRank];
-    for (int j = 0; j < p.rank_up; ++j) sum[j] = Vec{};
+    Vec in[kRank == 0 ? kMaxRank : kRank], sum[kRank == 0 ? kMaxRank : kRank];
+    for (int j = 0; j < rank_down; ++j) in[j] = load(h + j * kTokens + lane);
+    for (int j = 0; j < rank_up; ++j) sum[j] = Vec{};
     for (int b = 0; b < p.bottleneck; ++b) {
       Vec a = VecMath::set(f.bias_down == nullptr ? 0.0f : f.bias_down[b]);
-      for (int j = 0; j < p.rank_down; ++j) {
-        a = VecMath::fma(load(h + j * kTokens + lane), VecMath::set(f.right_down[j * p.bottleneck + b]), a);
-      }
+      for (int j = 0; j < rank_down; ++j) a = VecMath::fma(in[j], VecMath::set(f.right_down[j * p.bottleneck + b]), a);
       a = activation<VecMath, kAct>(a);
-      for (int j = 0; j < p.rank_up; ++j) sum[j] = VecMath::fma(a, VecMath::set(f.left_up[b * p.rank_up + j]), sum[j]);
+      for (int j = 0; j < rank_up; ++j) sum[j] = VecMath::fma(a, VecMath::set(f.left_up[b * rank_up + j]), sum[j]);
     }
-    for (int j = 0; j < p.rank_up; ++j) store(g + j * kTokens + lane, sum[j] * VecMath::set(p.scale));
+    for (int j = 0; j < rank_up; ++j) store(g + j * kTokens + lane, sum[j] * VecMath::set(p.scale));
+  }
+}
+
+template <Act kAct>
+void narrow_tile(const TTAdapterParams& p, const Factors& f, const float* h, float* g) {
+  switch (p.rank_down == p.rank_up ? p.rank_down : 0) {
+    case 1:
+      return narrow_tile<kAct, 1>(p, f, h, g);
+    case 2:
+      return narrow_tile<kAct, 2>(p, f, h, g);
+    case 3:
+      return narrow_tile<kAct, 3>(p, f, h, g);
+    case 4:
+      return narrow_tile<kAct, 4>(p, f, h, g);
+    case 5:
+      return narrow_tile<kAct, 5>(p, f, h, g);
+    default:
+      return narrow_tile<kAct, 0>(p, f, h, g);
   }
 }
 
@@ -86,7 +105,7 @@ void run(const TTAdapterParams& p) {
       } else {
         if (turned != probe) turn(f.left_down, p.width, p.rank_down, panel);
         turned = probe;
-        project(p.x.dtype, at(p.x, position(0)), count, panel, p.width, p.rank_down, h);
+        project(p.x.dtype, at(p.x, position(0)), count, panel, p.width, p.rank_down, h, at(p.y, position(0)));
         narrow_tile<kAct>(p, f, h, g);
       }
       expand(p.x.dtype, at(p.x, position(0)), at(p.y, position(0)), count, g, f.right_up, p.width, p.rank_up, f.bias_up,

@@ -105,11 +105,15 @@ ADAZETA_HD Vec load(const BFloat16* p) {
 }
 ADAZETA_HD void store(BFloat16* p, Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  __m512i kept = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  kept = _mm512_mask_add_epi32(kept, odd, bits, _mm512_set1_epi32(0x8000));
+  kept = _mm512_mask_or_epi32(kept, nan, bits, _mm512_set1_epi32(0x400000));
+  // The upper half of every 32 bits, side by side.
+  const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                         0xb0009, 0x70005, 0x30001);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, kept)));
 }
 ADAZETA_HD Vec load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -7,6 +7,8 @@ namespace adazeta {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1 };
 
 // One contiguous tensor of a list; `begin` is the position of its first element in the concatenation of the list.
