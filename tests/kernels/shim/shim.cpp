@@ -1,0 +1,149 @@
+// The runtime behind cuda_runtime.h of this folder: fibers and barriers. And what csrc/bindings.cpp wants of the CPU.
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#include "cpu/levels.h"
+#include "cuda_runtime.h"
+
+dim3 threadIdx, blockIdx, gridDim, blockDim;
+
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kSharedLimit = 163 << 10;  // what sm_80 has
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  State state;
+  float shared_value;
+};
+
+std::vector<Fiber> fibers;
+ucontext_t scheduler;
+unsigned thread_count, current;
+const std::function<void()>* body;
+std::vector<float> shared_memory;
+
+void wait(State state) {
+  const unsigned me = current;
+  fibers[me].state = state;
+  swapcontext(&fibers[me].context, &scheduler);
+}
+
+void run_body() {
+  (*body)();
+  fibers[current].state = State::kDone;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Lets threads [first, last) go on when every one that is not done waits at `barrier`.
+bool release(unsigned first, unsigned last, State barrier) {
+  unsigned waiting = 0, done = 0;
+  for (unsigned t = first; t < last; ++t) {
+    waiting += fibers[t].state == barrier;
+    done += fibers[t].state == State::kDone;
+  }
+  // A shuffle needs all lanes; a block's barrier all threads that have not returned.
+  const bool complete = barrier == State::kAtWarpBarrier ? waiting == last - first : waiting + done == last - first;
+  if (waiting == 0 || !complete) return false;
+  for (unsigned t = first; t < last; ++t) {
+    if (fibers[t].state == barrier) fibers[t].state = State::kReady;
+  }
+  return true;
+}
+
+cudaError_t run_block(bool backwards) {
+  for (unsigned t = 0; t < thread_count; ++t) {
+    Fiber& fiber = fibers[t];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_body, 0);
+    fiber.state = State::kReady;
+  }
+  for (;;) {
+    unsigned done = 0;
+    for (unsigned i = 0; i < thread_count; ++i) {
+      current = backwards ? thread_count - 1 - i : i;
+      if (fibers[current].state == State::kReady) {
+        threadIdx = dim3(current);
+        swapcontext(&scheduler, &fibers[current].context);
+      }
+      done += fibers[current].state == State::kDone;
+    }
+    if (done == thread_count) return cudaSuccess;
+    bool moved = false;
+    for (unsigned first = 0; first < thread_count; first += kWarp) {
+      moved |= release(first, first + kWarp, State::kAtWarpBarrier);
+    }
+    if (!moved && !release(0, thread_count, State::kAtBlockBarrier)) return cudaErrorLaunchFailure;
+  }
+}
+
+}  // namespace
+
+void __syncthreads() { wait(State::kAtBlockBarrier); }
+
+float __shfl_xor_sync(unsigned, float value, int lane_mask) {
+  const unsigned me = current;
+  fibers[me].shared_value = value;
+  wait(State::kAtWarpBarrier);
+  const float other = fibers[me ^ static_cast<unsigned>(lane_mask)].shared_value;
+  wait(State::kAtWarpBarrier);  // nobody overwrites its value before all have read
+  return other;
+}
+
+namespace shim {
+
+float* dynamic_shared() { return shared_memory.data(); }
+
+cudaError_t run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kWarp != 0 || shared_bytes > kSharedLimit) return cudaErrorLaunchFailure;
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  thread_count = threads;
+  body = &kernel;
+  gridDim = grid;
+  blockDim = dim3(threads);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      shared_memory.assign(shared_bytes / sizeof(float), NAN);
+      const cudaError_t error = run_block((x + y) % 2 != 0);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace shim
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : static_cast<int>(kSharedLimit);
+  return cudaSetDevice(device);
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "launch failure";
+}
+
+namespace adazeta {
+
+const Kernels* find_kernels(const char*) { return nullptr; }
+int supported_kernels(const Kernels**, int) { return 0; }
+
+}  // namespace adazeta

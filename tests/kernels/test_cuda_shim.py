@@ -1,0 +1,116 @@
+"""The CUDA sources, compiled as C++ and run on the CPU by tests/kernels/shim, against the native CPU kernels.
+
+This holds the arithmetic, the indexing and the barriers of the kernels, and all code between Python and them. It tells
+nothing about a GPU's memory model or speed: tests/kernels/test_gpu.py does, where there is one.
+"""
+
+import shutil
+
+import pytest
+import shim
+import torch
+
+from adazeta_kernels.backends import native, native_cuda
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DISTRIBUTIONS = ["gaussian", "rademacher"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing: it compiles the .cu files")
+
+
+@pytest.fixture(scope="module")
+def module():
+    return shim.build(shim.ROOT / "build")
+
+
+@pytest.fixture(autouse=True)
+def cuda(module, monkeypatch):
+    """native_cuda on CPU tensors: device 0, its default stream."""
+    monkeypatch.setattr(native_cuda, "_native", module)
+    monkeypatch.setattr(native_cuda, "_where", lambda tensor: (0, 0))
+    return native_cuda
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def misaligned(numel, dtype, by):
+    """A contiguous tensor that starts `by` elements behind a 64-byte boundary, with guards on both sides."""
+    whole = torch.full((numel + by + 64,), 9.0, dtype=dtype)
+    return whole, whole[by : by + numel]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fill_normal(cuda, dtype, distribution):
+    for numel, by, offset in ((0, 0, 5), (1, 1, 3), (4099, 0, 0), (70_001, 3, 2**32 - 77), (300, 8, 2**63 - 300)):
+        whole, out = misaligned(numel, dtype, by)
+        want = torch.empty(numel, dtype=dtype)
+        cuda.fill_normal_(out, 2**64 - 3, offset, distribution)
+        native.fill_normal_(want, 2**64 - 3, offset, distribution)
+        assert torch.equal(bits(out), bits(want))
+        assert (whole[:by] == 9).all() and (whole[by + numel :] == 9).all()
+
+
+def lists(count, generator):
+    """Tensors of 0 to 40 elements, with three long ones, of mixed dtypes and alignments."""
+    for position in range(count):
+        numel = 3000 + position if position in (1, 7, 8) else int(torch.randint(0, 40, (), generator=generator))
+        whole, view = misaligned(numel, DTYPES[position % 3], position % 5)
+        view.copy_(torch.randn(numel, generator=generator))
+        yield whole, view
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("count", [1, 12, 112, 300])
+def test_perturb(cuda, count, distribution):
+    generator = torch.Generator().manual_seed(count)
+    for offset, decay, seeds in ((0, 1.0, 1), (2**34 - 1501, 0.9, 3), (1, 0.5, 0), (2**32 + 5, 0.99, 70)):
+        wholes, got = map(list, zip(*lists(count, generator)))
+        guards = [whole.clone() for whole in wholes]
+        want = [g.clone() for g in got]
+        seeds_ = torch.randint(-(2**62), 2**62, (seeds,), generator=generator)
+        scales = torch.randn(seeds, generator=generator)
+        scales[1:2] = 0.0
+        for module, params in ((cuda, got), (native, want)):
+            module.perturb_(params, seeds_, scales, offset, decay, distribution)
+        assert all(torch.equal(bits(g), bits(w)) for g, w in zip(got, want))
+        for whole, guard, view in zip(wholes, guards, got):
+            begin = view.storage_offset()
+            guard[begin : begin + len(view)] = view
+            assert torch.equal(whole, guard)
+
+
+def test_perturb_special_values(cuda):
+    values = [0.0, -0.0, 1e-40, -1e-45, float("inf"), 6e4, 65519.0, 3e38, 5.9e-8, 1.0]
+    for dtype in DTYPES:
+        for scale in (0.0, 1e-3, -1.0):
+            got = torch.tensor(values).to(dtype)
+            want = got.clone()
+            for module, params in ((cuda, got), (native, want)):
+                module.perturb_([params], torch.tensor([1]), torch.tensor([scale]), 3, 1.0, "rademacher")
+            assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_perturb_rows(cuda, distribution):
+    for rows, numel, offset in ((1, 5, 0), (3, 6360, 2**33 - 9), (300, 33, 7)):
+        theta, seeds, scales = torch.randn(numel), torch.arange(rows) * 77 - 5, torch.randn(rows)
+        scales[0] = 0.0
+        got = cuda.perturb_rows(theta, seeds, scales, offset, distribution)
+        want = native.perturb_rows(theta, seeds, scales, offset, distribution)
+        assert torch.equal(bits(got), bits(want))
+
+
+def test_errors_become_exceptions(module):
+    out = torch.zeros(4)
+    call = {"out": out.data_ptr(), "numel": 4, "dtype": 0, "seed": 1, "offset": 0, "distribution": 0}
+    with pytest.raises(RuntimeError, match=r"fill_normal_ on CUDA device 3: invalid argument \(cudaError 1\)"):
+        module.cuda_fill_normal(**call, where=(3, 0))
+    with pytest.raises(ValueError, match="dtype code"):
+        module.cuda_fill_normal(**(call | {"dtype": 7}), where=(0, 0))
+    many = ([out.data_ptr()] * 200, [1] * 200, [0] * 200)
+    with pytest.raises(RuntimeError, match="invalid argument"):  # a table is needed, none is given
+        module.cuda_perturb(*many, 0, 0, 0, 0, 1.0, 0, 0, (0, 0))
+    assert (out == 0).all()
