@@ -11,20 +11,11 @@ import time
 
 import pytest
 import torch
-from timing import ELEMENTS, copy_function, paired_seconds
+from timing import ELEMENTS, copy_function, machine, paired_seconds
 
 from adazeta_kernels import perturb_
 
-THREADS = sorted({1, torch.get_num_threads()})
 REFERENCE_ELEMENTS = min(ELEMENTS, 1 << 18)
-
-
-@pytest.fixture(params=THREADS, ids=lambda n: f"threads{n}")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def plain_torch(params, distribution):
@@ -58,10 +49,10 @@ def record(benchmark, params, seeds, scales, distribution, others):
     moved = sum(2 * p.numel() * p.element_size() for p in params)
     seconds = paired_seconds({"native": native, "copy": copy_function(moved), **others})
     benchmark.extra_info.update(
+        **machine(),
         elements=elements,
         seeds=len(seeds),
         bytes=moved,
-        threads=torch.get_num_threads(),
         copy_gb_per_s=moved / seconds["copy"] / 1e9,
         percent_of_copy=100 * seconds["copy"] / seconds["native"],
         elements_per_s=elements * len(seeds) / seconds["native"],

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from adazeta_kernels.backends import native
+
 ELEMENTS = int(os.environ.get("ADAZETA_BENCH_ELEMENTS", 1 << 24))
 ROUNDS = int(os.environ.get("ADAZETA_BENCH_ROUNDS", 7))
+SMALL = ELEMENTS < 1 << 20  # a trial run: every case in little
 
 
 def paired_seconds(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
@@ -29,3 +32,51 @@ def copy_function(size: int) -> Callable[[], object]:
     source = torch.randint(0, 255, (size // 2,), dtype=torch.uint8)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def machine() -> dict[str, object]:
+    """What a figure depends on beside the code: threads in use, and how busy other programs keep the machine."""
+    return {
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "levels": native.levels(),
+    }
+
+
+def record(benchmark, functions: dict[str, Callable[[], object]], size: int, calls: int = 1, **info) -> None:
+    """Time `functions`, the first being the one under test, in turns with copies; write all down.
+
+    Each function makes `calls` calls of the op, each of which moves `size` bytes, as does each of `calls` copies.
+
+    `copy` writes to memory that is there, `copy_new` allocates its result, as the ops do.
+    """
+    copy = copy_function(size)
+    source = torch.randint(0, 255, (size // 2,), dtype=torch.uint8)
+
+    def repeated(function):
+        def run():
+            for _ in range(calls):
+                function()
+
+        return run
+
+    copies = {"copy": repeated(copy), "copy_new": repeated(source.clone)}
+    seconds = paired_seconds({**functions, **copies})
+    first = next(iter(functions))
+    benchmark.extra_info.update(
+        **machine(),
+        bytes=size * calls,
+        copy_gb_per_s=size * calls / seconds["copy"] / 1e9,
+        percent_of_copy=100 * seconds["copy"] / seconds[first],
+        percent_of_copy_new=100 * seconds["copy_new"] / seconds[first],
+        **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
+        **{f"times_{name}": seconds[name] / seconds[first] for name in functions if name != first},
+        **info,
+    )
+    benchmark.pedantic(functions[first], rounds=1)
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error, as a part of the largest exact number."""
+    return float((actual.double() - exact).abs().max() / exact.abs().max())

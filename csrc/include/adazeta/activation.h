@@ -3,7 +3,7 @@
 // M supplies the type M::V and, for it, set, fma (which may round the product), select_less(a, b, c, d) = a < b ? c :
 // d, abs, with_sign_of and shifted_exponent. The polynomials come from scripts/fit_activations.py. NaN stays NaN.
 // Errors against exact values, in units of float32 rounding 2^-24 (tests/kernels/test_native_tt.py):
-//   tanh, relative: 8;   silu, relative to |x|: 4;   gelu, relative to |x|: 4, and to the value: 8 for x >= -1.
+//   tanh, relative: 4;   silu, relative to |x|: 3;   gelu, relative to |x|: 2, and to the value: 6 for x >= -1.
 #pragma once
 
 #include <cstdint>

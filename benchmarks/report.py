@@ -1,0 +1,132 @@
+"""Write the tables of docs/performance.md from the JSON of `make bench`.
+
+    python benchmarks/report.py [RESULT.json]        default: the newest under benchmarks/results
+
+What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine, perturb_, tt_factors and
+tt_adapter; everything else on the page is written by hand.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def milliseconds(value):
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def times(value):
+    return f"{value:.1f}x"
+
+
+def percent(value):
+    return f"{value:.0f} %"
+
+
+def error(value):
+    return f"{value:.1e}"
+
+
+# Heading, key of extra_info, how it is written.
+COMMON = [
+    ("threads", "threads", str),
+    ("native, ms", "native_ms", milliseconds),
+    ("copy, GB/s", "copy_gb_per_s", lambda value: f"{value:.1f}"),
+    ("of copy", "percent_of_copy", percent),
+]
+COLUMNS = {
+    "perturb_": [
+        *COMMON,
+        ("torch, ms", "torch_ms", milliseconds),
+        ("against torch", "times_torch", times),
+        ("against one seed a pass", "times_one_by_one", times),
+        ("one tensor, ms", "one_tensor_ms", milliseconds),
+    ],
+    "tt_factors": [
+        *COMMON,
+        ("of copy to new memory", "percent_of_copy_new", percent),
+        ("torch, ms", "torch_ms", milliseconds),
+        ("against torch", "times_torch", times),
+        ("reference, ms", "reference_ms", milliseconds),
+        ("error", "error", error),
+        ("torch's error", "torch_error", error),
+    ],
+    "tt_adapter": [
+        ("dtype", "dtype", str),
+        *COMMON,
+        ("of copy to new memory", "percent_of_copy_new", percent),
+        ("against reference", "times_reference", times),
+        ("against torch", "times_torch", times),
+        ("error", "error", error),
+        ("torch's error", "torch_error", error),
+    ],
+}
+
+
+def op_of(benchmark):
+    return benchmark["extra_info"].get("op", "perturb_")
+
+
+def case_of(benchmark):
+    name = benchmark["name"].removeprefix("bench_")
+    return benchmark["extra_info"].get("case") or name.replace("torch.", "").replace("-threads", " threads")
+
+
+def table(benchmarks, columns):
+    """A Markdown table of one row per benchmark, without the columns that no row has."""
+    infos = [benchmark["extra_info"] for benchmark in benchmarks]
+    columns = [column for column in columns if any(column[1] in info for info in infos)]
+    rows = [["case", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    for benchmark, info in zip(benchmarks, infos, strict=True):
+        cells = [write(info[key]) if key in info else "" for _, key, write in columns]
+        rows.append([f"`{case_of(benchmark)}`", *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def machine(result):
+    """Device, versions and load in one line."""
+    infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    cpu, commit = result["machine_info"]["cpu"], result["commit_info"]
+    loads = [info["load_average"] for info in infos]
+    busy = (
+        "" if max(loads) < 1.5 else " **Other programs were running: take times as upper bounds, and ratios as rough.**"
+    )
+    dirty = " with local changes" if commit.get("dirty") else ""
+    return (
+        f"{cpu['brand_raw']}, {cpu['count']} cores, {infos[0]['levels'][0]} kernels; torch {infos[0]['torch']}, Python "
+        f"{result['machine_info']['python_version']}; commit {commit['id'][:7]}{dirty}; {result['datetime'][:16]} UTC; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}.{busy}"
+    )
+
+
+def replace(page, name, text):
+    """The page with `text` between the markers of `name`.
+
+    Raises:
+        ValueError: the page has not exactly one pair of them.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"expected one {begin} and one {end} in {PAGE.name}")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def main():
+    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+    if len(sys.argv) < 2 and not results:
+        sys.exit("no results found: run `make bench` first, or name a JSON file")
+    result = json.loads((Path(sys.argv[1]) if len(sys.argv) > 1 else results[-1]).read_text())
+    page = replace(PAGE.read_text(), "machine", machine(result))
+    for op, columns in COLUMNS.items():
+        benchmarks = [benchmark for benchmark in result["benchmarks"] if op_of(benchmark) == op]
+        if benchmarks:
+            page = replace(page, op, table(benchmarks, columns))
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
