@@ -10,8 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,44 +206,6 @@ class Prompts(Sequence):
         """Return the same rows, longest first: batches then hold little padding, and the first needs most memory."""
         rows = sorted(self._rows, key=lambda row: len(row["input_ids"]), reverse=True)
         return Prompts([row["input_ids"] for row in rows], [row["labels"] for row in rows])
-
-
-class LengthGrouped:
-    """Sample indices so that the examples of a batch have similar lengths, in an order fixed by seed and epoch.
-
-    The shuffled examples are cut into pools of 50 batches, each pool is sorted by length and cut into batches, and the
-    batches are shuffled. ``transformers`` has such a sampler too, but its order depends on what else has drawn from the
-    global generator, so that a resumed run would see other batches.
-
-    Args:
-        lengths: length of every example.
-        batch_size: examples per step.
-        seed: any integer.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = random.Random(f"{self.seed} {self.epoch}")
-        indices = list(range(len(self.lengths)))
-        generator.shuffle(indices)
-        pool, size = 50 * self.batch_size, self.batch_size
-        ordered: list[int] = []
-        for first in range(0, len(indices), pool):
-            ordered += sorted(indices[first : first + pool], key=self.lengths.__getitem__, reverse=True)
-        batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
-        rest = batches.pop() if len(batches[-1]) < size else []  # a smaller batch must stay the last one
-        generator.shuffle(batches)
-        return iter([index for batch in [*batches, rest] for index in batch])
 
 
 class RightPad:

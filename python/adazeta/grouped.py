@@ -1,36 +1,52 @@
-"""``ZOTrainer`` with batches of similar length whose order a resumed run finds again."""
+"""Batches of examples of similar length, in an order that a resumed run finds again."""
+
+import random
+from collections.abc import Iterator, Sequence
 
 from transformers import TrainerCallback
 
-from adazeta.data import LengthGrouped
-from adazeta.trainer import ZOTrainer
 
+class LengthGrouped:
+    """Sample indices so that the examples of a batch have similar lengths, in an order fixed by seed and epoch.
 
-class LengthGroupedTrainer(ZOTrainer):
-    """Train on batches of similar length.
+    The shuffled examples are cut into pools of 50 batches, each pool is sorted by length and cut into batches, and the
+    batches are shuffled. ``transformers`` has such a sampler too, but its order depends on what else has drawn from the
+    global generator, so that a resumed run would see other batches.
 
     Args:
-        group_by_length: False leaves the order to the Trainer.
-        *args, **kwargs: those of ``ZOTrainer``.
+        lengths: length of every example.
+        batch_size: examples per step.
+        seed: any integer.
     """
 
-    def __init__(self, *args, group_by_length: bool = True, **kwargs):
-        self.group_by_length = group_by_length
-        super().__init__(*args, **kwargs)
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.epoch = 0
 
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthGrouped([len(row["input_ids"]) for row in dataset], batch, seed)
-        self.add_callback(_Epoch(sampler))
-        return sampler
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed} {self.epoch}")
+        indices = list(range(len(self.lengths)))
+        generator.shuffle(indices)
+        pool, size = 50 * self.batch_size, self.batch_size
+        ordered: list[int] = []
+        for first in range(0, len(indices), pool):
+            ordered += sorted(indices[first : first + pool], key=self.lengths.__getitem__, reverse=True)
+        batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        rest = batches.pop() if len(batches[-1]) < size else []  # a smaller batch must stay the last one
+        generator.shuffle(batches)
+        return iter([index for batch in [*batches, rest] for index in batch])
 
 
-class _Epoch(TrainerCallback):
-    # The Trainer's own set_epoch does not reach a sampler behind the batches that a resumed run skips.
+class EpochOfSampler(TrainerCallback):
+    """Tell the sampler its epoch: the Trainer's own call does not reach it behind the batches that a resume skips."""
+
     def __init__(self, sampler: LengthGrouped):
         self.sampler = sampler
 

@@ -18,9 +18,9 @@ class Preset:
 PRESETS = {
     "default": Preset(
         tt={
-            "rank": 2,
+            "rank": 3,
             "bottleneck": 8,
-            "sites": "mlp",
+            "sites": "paper",
             "act": "identity",
             "bias": False,
             "init": "identity",
@@ -29,7 +29,7 @@ PRESETS = {
         },
         zo={
             "eps": 0.03,
-            "queries": 8,
+            "queries": 16,
             "directions": "example",
             "difference": "central",
             "combine": "spread",
@@ -39,10 +39,10 @@ PRESETS = {
             "distribution": "rademacher",
         },
         train={
-            "learning_rate": 0.01,
+            "learning_rate": 0.025,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
-            "max_steps": 400,
+            "max_steps": 300,
             "per_device_train_batch_size": 16,
             "weight_decay": 0.0,
             "train_sampling_strategy": "group_by_length",

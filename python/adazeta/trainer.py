@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from .config import ZOConfig
 from .errors import UserError
 from .files import make_folder
+from .grouped import EpochOfSampler, LengthGrouped
 from .journal import NAME as JOURNAL_NAME
 from .losses import causal_lm_loss
 from .optimizer import ZerothOrder
@@ -28,6 +29,9 @@ class ZOTrainer(Trainer):
         loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; by default the next-token loss of the labels.
         journal: write ``journal.azj`` into ``args.output_dir``.
         **kwargs: those of ``transformers.Trainer``.
+
+    ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
+    finds again.
 
     Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model) and
     ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the
@@ -77,6 +81,16 @@ class ZOTrainer(Trainer):
             return max(1, -(-len(self.train_dataset) // batch))
         except TypeError:  # a stream has no length: the whole run is one epoch
             return max(1, self.args.max_steps)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = LengthGrouped([len(row["input_ids"]) for row in dataset], batch, seed)
+        self.add_callback(EpochOfSampler(sampler))
+        return sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         model.eval()  # dropout would differ between the two probes of a query

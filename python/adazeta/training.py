@@ -101,7 +101,7 @@ def training_arguments(
         batch = settings["batch_size"] * settings["accumulate"]
         steps = math.ceil(keywords.get("num_train_epochs", 3) * examples / batch)
     tenth = max(1, steps // 10)
-    keywords["train_sampling_strategy"] = "random"  # LengthGroupedTrainer brings its own sampler
+    keywords["train_sampling_strategy"] = "group_by_length" if settings["group_by_length"] else "random"
     keywords.update(
         output_dir=str(folder),
         seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
@@ -143,7 +143,7 @@ def fit(
     """
     from transformers import PrinterCallback
 
-    from adazeta.grouped import LengthGroupedTrainer
+    from adazeta import ZOTrainer
     from adazeta.progress import Bar, Limits, MetricsFile
 
     prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
@@ -154,8 +154,7 @@ def fit(
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
     try:
-        trainer = LengthGroupedTrainer(
-            group_by_length=settings["group_by_length"],
+        trainer = ZOTrainer(
             model=classifier.model,
             args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=resume),
             zo=zo_config(settings, preset),
@@ -238,7 +237,7 @@ def train(
 def _train(settings, preset, splits, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
     import torch
 
-    import adazeta.grouped  # noqa: F401  libraries are loaded before memory is measured
+    import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.demo import measure_memory
     from adazeta.plots import draw_curves
     from adazeta.progress import read_metrics

@@ -5,7 +5,6 @@ import pytest
 
 from adazeta.data import (
     Example,
-    LengthGrouped,
     Prompts,
     RightPad,
     load_splits,
@@ -14,6 +13,7 @@ from adazeta.data import (
     split_examples,
 )
 from adazeta.errors import UserError
+from adazeta.grouped import LengthGrouped
 
 
 def examples(count):
@@ -159,10 +159,3 @@ def test_length_grouping():
     assert list(sampler) != order
     assert list(LengthGrouped(lengths, 4, seed=4)) != order
     assert list(LengthGrouped([1, 2, 3], 4, seed=0)) == [2, 1, 0]
-
-
-def test_the_sampler_of_transformers_takes_our_dataset():
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-
-    prompts = Prompts([[1] * length for length in (3, 1, 2)], [0, 1, 0])
-    assert sorted(LengthGroupedSampler(2, dataset=prompts)) == [0, 1, 2]

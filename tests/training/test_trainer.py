@@ -156,3 +156,14 @@ def test_trainer_state_is_written_for_others(tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["rows"] == 48
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+
+
+def test_resume_finds_the_batches_of_similar_length_again(tmp_path):
+    settings = {"train_sampling_strategy": "group_by_length", "max_steps": 8, "remove_unused_columns": False}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / NAME).write_bytes((tmp_path / "whole" / NAME).read_bytes())
+    second = trainer(tmp_path / "cut", **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(whole.model.base_model.theta(), second.model.base_model.theta())
