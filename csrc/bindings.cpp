@@ -114,16 +114,12 @@ void tt_adapter(uintptr_t x, uintptr_t y, int dtype, int64_t probes, int64_t tok
   const TTLayout shape = checked_layout(layout);
   const Dtype type = checked_dtype(dtype);
   const int64_t width = d_in(shape.down), bottleneck = d_out(shape.down);
-  if (bottleneck > kMaxBottleneck) {
-    throw py::value_error("expected a bottleneck of at most " + std::to_string(kMaxBottleneck) + ", got " +
-                          std::to_string(bottleneck));
-  }
   const TTAdapterParams params{{pointer<void>(x), type},
                                {pointer<void>(y), type},
                                probes,
                                tokens,
                                width,
-                               static_cast<int32_t>(bottleneck),
+                               checked_bottleneck(bottleneck),
                                checked_rank(bond(shape.down)),
                                checked_rank(bond(shape.up)),
                                shape.bias,
@@ -225,5 +221,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_perturb_rows", &cuda::perturb_rows, released, py::arg("theta"), py::arg("out"), py::arg("rows"),
         py::arg("numel"), py::arg("seeds"), py::arg("scales"), py::arg("offset"), py::arg("distribution"),
         py::arg("where"));
+  m.def("cuda_tt_factors_scratch", &cuda::tt_factors_scratch, py::arg("layout"), py::arg("where"));
+  m.def("cuda_tt_factors", &cuda::tt_factors, released, py::arg("theta"), py::arg("out"), py::arg("layout"),
+        py::arg("adapters"), py::arg("seeds"), py::arg("scales"), py::arg("probes"), py::arg("offset"),
+        py::arg("distribution"), py::arg("scratch"), py::arg("where"));
+  m.def("cuda_tt_adapter", &cuda::tt_adapter, released, py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("probes"),
+        py::arg("tokens"), py::arg("layout"), py::arg("factors"), py::arg("factor_stride"), py::arg("act"),
+        py::arg("scale"), py::arg("where"));
+  m.def("cuda_low_rank", &cuda::low_rank, released, py::arg("x"), py::arg("base"), py::arg("y"), py::arg("dtype"),
+        py::arg("probes"), py::arg("tokens"), py::arg("d_in"), py::arg("d_out"), py::arg("rank"), py::arg("left"),
+        py::arg("left_stride"), py::arg("right"), py::arg("right_stride"), py::arg("bias"), py::arg("bias_stride"),
+        py::arg("scale"), py::arg("where"));
 #endif
 }

@@ -107,4 +107,12 @@ inline int32_t checked_rank(int64_t rank) {
   return static_cast<int32_t>(rank);
 }
 
+inline int32_t checked_bottleneck(int64_t bottleneck) {
+  if (bottleneck > kMaxBottleneck) {
+    throw std::invalid_argument("expected a bottleneck of at most " + std::to_string(kMaxBottleneck) + ", got " +
+                                std::to_string(bottleneck));
+  }
+  return static_cast<int32_t>(bottleneck);
+}
+
 }  // namespace adazeta

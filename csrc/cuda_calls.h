@@ -79,5 +79,74 @@ inline void perturb_rows(uintptr_t theta, uintptr_t out, int64_t rows, int64_t n
   raise_on_error(cuda_perturb_rows(params, stream(where)), "perturb_rows", where);
 }
 
+// 0, or the floats of device memory that every adapter and probe needs.
+inline int64_t tt_factors_scratch(const std::vector<int64_t>& layout, Where where) {
+  int64_t floats = 0;
+  raise_on_error(cuda_tt_factors_scratch(checked_layout(layout), stream(where), &floats), "tt_factors", where);
+  return floats;
+}
+
+inline void tt_factors(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layout, int64_t adapters,
+                       uintptr_t seeds, uintptr_t scales, int64_t probes, uint64_t offset, int distribution,
+                       uintptr_t scratch, Where where) {
+  TTFactorsParams params{};
+  params.theta = pointer<const float>(theta);
+  params.out = pointer<float>(out);
+  params.layout = checked_layout(layout);
+  params.seeds = pointer<const uint64_t>(seeds);
+  params.scales = pointer<const float>(scales);
+  params.probes = probes;
+  params.offset = offset;
+  params.distribution = checked_distribution(distribution);
+  if (adapters < 1 || adapters > 65535) throw std::invalid_argument("expected 1 to 65535 adapters");
+  check_size(adapters * theta_numel(params.layout), offset);
+  raise_on_error(cuda_tt_factors(params, adapters, pointer<float>(scratch), stream(where)), "tt_factors", where);
+}
+
+inline void tt_adapter(uintptr_t x, uintptr_t y, int dtype, int64_t probes, int64_t tokens,
+                       const std::vector<int64_t>& layout, uintptr_t factors, int64_t factor_stride, int act,
+                       float scale, Where where) {
+  const TTLayout shape = checked_layout(layout);
+  TTAdapterParams params{};
+  params.x = {pointer<void>(x), checked_dtype(dtype)};
+  params.y = {pointer<void>(y), checked_dtype(dtype)};
+  params.probes = probes;
+  params.tokens = tokens;
+  params.width = d_in(shape.down);
+  params.bottleneck = checked_bottleneck(d_out(shape.down));
+  params.rank_down = checked_rank(bond(shape.down));
+  params.rank_up = checked_rank(bond(shape.up));
+  params.bias = shape.bias;
+  params.factors = pointer<const float>(factors);
+  params.factor_stride = factor_stride;
+  params.act = checked_act(act);
+  params.scale = scale;
+  raise_on_error(cuda_tt_adapter(params, stream(where)), "tt_adapter", where);
+}
+
+// tt_linear (base 0, scale 1) and low_rank_linear (bias 0).
+inline void low_rank(uintptr_t x, uintptr_t base, uintptr_t y, int dtype, int64_t probes, int64_t tokens, int64_t d_in,
+                     int64_t d_out, int64_t rank, uintptr_t left, int64_t left_stride, uintptr_t right,
+                     int64_t right_stride, uintptr_t bias, int64_t bias_stride, float scale, Where where) {
+  const Dtype type = checked_dtype(dtype);
+  LowRankParams params{};
+  params.x = {pointer<void>(x), type};
+  params.base = {pointer<void>(base), type};
+  params.y = {pointer<void>(y), type};
+  params.probes = probes;
+  params.tokens = tokens;
+  params.d_in = d_in;
+  params.d_out = d_out;
+  params.rank = checked_rank(rank);
+  params.left = pointer<const float>(left);
+  params.left_stride = left_stride;
+  params.right = pointer<const float>(right);
+  params.right_stride = right_stride;
+  params.bias = pointer<const float>(bias);
+  params.bias_stride = bias_stride;
+  params.scale = scale;
+  raise_on_error(cuda_low_rank(params, stream(where)), "low_rank", where);
+}
+
 }  // namespace cuda
 }  // namespace adazeta

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from adazeta_kernels.layout import TTAdapterLayout
+
 try:
     from adazeta_kernels import _native
 except ImportError:  # backends/native.py tells the reason
@@ -15,6 +17,7 @@ except ImportError:  # backends/native.py tells the reason
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
+ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3, "identity": 4}
 
 
 def unavailable() -> str | None:
@@ -86,3 +89,81 @@ def perturb_rows(
     pointers = (theta.data_ptr(), out.data_ptr(), seeds.numel(), theta.numel(), seeds.data_ptr(), scales.data_ptr())
     _native.cuda_perturb_rows(*pointers, offset, DISTRIBUTIONS[distribution], _where(theta))
     return out
+
+
+def tt_factors(
+    theta: torch.Tensor,
+    layout: TTAdapterLayout,
+    seeds: torch.Tensor,
+    scales: torch.Tensor,
+    offset: int,
+    distribution: str,
+    *,
+    adapters: int | None = None,
+) -> torch.Tensor:
+    """Factors `(P, F)` of theta + scales[p] z(seeds[p]); see ops.tt_factors.
+
+    With `adapters` = A, theta holds that many adapters of one layout, one behind the other, and the result of the one
+    launch is `(A, P, F)`.
+    """
+    theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
+    count, where = adapters or 1, _where(theta)
+    shape = (seeds.numel(), layout.factor_numel)
+    out = theta.new_empty(shape if adapters is None else (adapters, *shape))
+    floats = _native.cuda_tt_factors_scratch(layout._encoded, where)
+    scratch = theta.new_empty(count * seeds.numel() * floats) if floats else None
+    _native.cuda_tt_factors(
+        theta.data_ptr(),
+        out.data_ptr(),
+        layout._encoded,
+        count,
+        seeds.data_ptr(),
+        scales.data_ptr(),
+        seeds.numel(),
+        offset,
+        DISTRIBUTIONS[distribution],
+        0 if scratch is None else scratch.data_ptr(),
+        where,
+    )
+    return out
+
+
+def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout, act: str, scale: float) -> torch.Tensor:
+    """`x + scale * up(act(down(x)))`; see ops.tt_adapter."""
+    x, factors = x.contiguous(), dense_rows(factors)
+    y = torch.empty_like(x)
+    sizes = (DTYPES[x.dtype], x.shape[0], x.shape[1], layout._encoded)
+    rest = (factors.data_ptr(), factors.stride(0), ACTS[act], scale, _where(x))
+    _native.cuda_tt_adapter(x.data_ptr(), y.data_ptr(), *sizes, *rest)
+    return y
+
+
+def tt_linear(x: torch.Tensor, L: torch.Tensor, R: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`(x L) R + bias`; see ops.tt_linear."""
+    return _low_rank(x, None, L, R, bias, 1.0)
+
+
+def low_rank_linear(
+    x: torch.Tensor, base: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`base + scale * (x A) B`; see ops.low_rank_linear."""
+    return _low_rank(x, base.contiguous(), A, B, None, scale)
+
+
+def _low_rank(x, base, left, right, bias, scale):
+    x, left, right = x.contiguous(), dense_rows(left), dense_rows(right)
+    bias = None if bias is None else dense_rows(bias)
+    probes, tokens, d_in = x.shape
+    rank, d_out = right.shape[1:]
+    y = x.new_empty((probes, tokens, d_out))
+    data = (x.data_ptr(), 0 if base is None else base.data_ptr(), y.data_ptr(), DTYPES[x.dtype])
+    factors = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0))
+    bias_ = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
+    _native.cuda_low_rank(*data, probes, tokens, d_in, d_out, rank, *factors, *bias_, scale, _where(x))
+    return y
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied unless each of its rows (dimension 0) is dense; the distance between rows may be anything."""
+    dense = tensor.shape[0] > 0 and tensor[0].is_contiguous()
+    return tensor if dense else tensor.contiguous()

@@ -34,4 +34,14 @@ int cuda_perturb(const PerturbParams& p, const void* table, CudaStream where);
 constexpr int64_t kLaunchProbes = 256;
 int cuda_perturb_rows(const PerturbRowsParams& p, CudaStream where);
 
+// Stores how many floats of device memory a block needs; 0 where its shared memory is enough.
+int cuda_tt_factors_scratch(const TTLayout& layout, CudaStream where, int64_t* floats);
+// Adapter a of `adapters` has theta[a n .. (a + 1) n), n = theta_numel, with indices from offset + a n on, and goes to
+// out [adapters, probes, factor_numel]. `scratch` holds adapters * probes times what a block needs, or is null.
+int cuda_tt_factors(const TTFactorsParams& p, int64_t adapters, float* scratch, CudaStream where);
+
+int cuda_tt_adapter(const TTAdapterParams& p, CudaStream where);
+// tt_linear and low_rank_linear.
+int cuda_low_rank(const LowRankParams& p, CudaStream where);
+
 }  // namespace adazeta

@@ -1,4 +1,5 @@
-// bfloat16 and float16 to and from float32, as integer arithmetic: round to nearest even, subnormals, infinities, NaN.
+// bfloat16 and float16 to and from float32, as integer arithmetic (float16 on a GPU: its conversion, the same
+// but for the payload of a NaN): round to nearest even, subnormals, infinities, NaN.
 #pragma once
 
 #include <cstdint>
@@ -18,15 +19,26 @@ ADAZETA_HD uint16_t to_bfloat16(float x) {
 }
 
 ADAZETA_HD float from_float16(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   const uint32_t magnitude = h & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1.0p-24f);
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
   const uint32_t bits = magnitude < 0x0400u ? subnormal : magnitude < 0x7c00u ? normal : special;
   return bit_cast<float>(bits | (static_cast<uint32_t>(h & 0x8000u) << 16));
+#endif
 }
 
 ADAZETA_HD uint16_t to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -35,6 +47,7 @@ ADAZETA_HD uint16_t to_float16(float x) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t half = magnitude < 0x38800000u ? subnormal - 0x3f000000u : magnitude < 0x47800000u ? normal : special;
   return static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+#endif
 }
 
 }  // namespace adazeta

@@ -1,0 +1,49 @@
+// tt_linear and low_rank_linear on a GPU, one kernel: y = base + scale ((x L) R + bias), base and bias may be null.
+#include "cuda/token_tile.h"
+
+namespace adazeta {
+namespace {
+
+struct LowRankArguments {
+  LowRankParams p;
+  TokenTiles tiles;
+};
+
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads, 1) low_rank_kernel(const __grid_constant__ LowRankArguments a) {
+  __shared__ float partial[kWarps * kTokens * kRanks], h[kTokens * kMaxRank];
+  const LowRankParams& p = a.p;
+  for (int64_t tile = blockIdx.x; tile < a.tiles.count; tile += gridDim.x) {
+    const int64_t probe = tile / a.tiles.per_probe, token = tile % a.tiles.per_probe * kTokens;
+    const int64_t left = p.tokens - token, row = probe * p.tokens + token;
+    const int count = left < kTokens ? static_cast<int>(left) : kTokens;
+    project<kTokens>(p.x, row * p.d_in, count, p.left + probe * p.left_stride, p.d_in, p.rank, partial, h);
+    for (int i = threadIdx.x; i < kTokens * p.rank; i += kThreads) h[i / p.rank * kMaxRank + i % p.rank] *= p.scale;
+    __syncthreads();
+    expand<kTokens>(p.base, p.y, row * p.d_out, count, h, p.right + probe * p.right_stride, p.d_out, p.rank,
+                    p.bias == nullptr ? nullptr : p.bias + probe * p.bias_stride, p.scale);
+    __syncthreads();  // nobody writes the next tile's h while this one's is read
+  }
+}
+
+template <int kTokens>
+int launch_low_rank(const LowRankParams& p, CudaStream where) {
+  const LowRankArguments arguments{p, token_tiles(p.probes, p.tokens, kTokens)};
+  unsigned blocks = 0;
+  const cudaError_t error = grid_size(where.device, arguments.tiles.count, &blocks);
+  return error != cudaSuccess ? error : launch(&low_rank_kernel<kTokens>, blocks, 0, where, arguments);
+}
+
+}  // namespace
+
+int cuda_low_rank(const LowRankParams& p, CudaStream where) {
+  if (p.probes == 0 || p.tokens == 0 || p.d_out == 0) return cudaSuccess;
+  const DeviceGuard guard(where.device);
+  if (guard.error() != cudaSuccess) return guard.error();
+  bool few = false;
+  const cudaError_t error = few_tokens(where.device, p.probes, p.tokens, &few);
+  if (error != cudaSuccess) return error;
+  return few ? launch_low_rank<1>(p, where) : launch_low_rank<kManyTokens>(p, where);
+}
+
+}  // namespace adazeta

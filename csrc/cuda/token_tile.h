@@ -1,0 +1,137 @@
+// Products of a few tokens of one probe with its factors, by all threads of a block; float32 sums.
+//
+// Threads divide the columns of x among them, so a block has work with one token as well as with many. A tile of
+// kTokens tokens shares every load of a factor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "adazeta/fma.h"
+#include "adazeta/params.h"
+#include "cuda/group.h"
+#include "cuda/launch.h"
+
+namespace adazeta {
+
+constexpr int kWarpLanes = 32;
+constexpr int kWarps = kThreads / kWarpLanes;
+constexpr int kManyTokens = 8;  // of a tile, where there are enough
+constexpr int kRanks = 5;       // columns of a left factor in one pass over a tile
+
+// Tiles of `tokens` tokens of every probe, one after another.
+struct TokenTiles {
+  int64_t tokens, per_probe, count;
+};
+inline TokenTiles token_tiles(int64_t probes, int64_t tokens, int tile) {
+  const int64_t per_probe = (tokens + tile - 1) / tile;
+  return {tokens, per_probe, probes * per_probe};
+}
+
+// Whether tiles of many tokens would leave processors idle: then every token gets a block, and its threads split d.
+inline cudaError_t few_tokens(int device, int64_t probes, int64_t tokens, bool* few) {
+  int processors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  *few = token_tiles(probes, tokens, kManyTokens).count < processors;
+  return error;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int mask = kWarpLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  return value;
+}
+
+// l <- rows c .. c + 7, columns first .. first + kRanks - 1 of left (d, rank); zeros outside it.
+__device__ __forceinline__ void load_left(const float* left, int64_t d, int rank, int64_t c, int first,
+                                          float (&l)[kGroup * kRanks]) {
+  const float* from = left + c * rank;
+  if (rank == kRanks && c + kGroup <= d && aligned_16(from, Dtype::kFloat32, 0)) {
+    const float4* vectors = reinterpret_cast<const float4*>(from);
+#pragma unroll
+    for (int i = 0; i < kGroup * kRanks / 4; ++i) {
+      const float4 v = vectors[i];
+      l[4 * i] = v.x, l[4 * i + 1] = v.y, l[4 * i + 2] = v.z, l[4 * i + 3] = v.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup * kRanks; ++i) {
+    const int row = i / kRanks, column = first + i % kRanks;
+    l[i] = c + row < d && column < rank ? from[row * rank + column] : 0.0f;
+  }
+}
+
+// h[t * kMaxRank + j] <- sum_i x[t][i] left[i][j] for t < count; the first token begins at element `begin` of x.
+// Shared: h, and partial[kWarps * kTokens * kRanks]. Ends with a barrier. A rank above kRanks takes more passes over
+// the tile.
+template <int kTokens>
+__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, const float* left, int64_t d,
+                                        int rank, float* partial, float* h) {
+  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  for (int first = 0; first < rank; first += kRanks) {
+    float sum[kTokens][kRanks] = {};
+    for (int64_t c = threadIdx.x * kGroup; c < d; c += kThreads * kGroup) {
+      float l[kGroup * kRanks];
+      load_left(left, d, rank, c, first, l);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (t >= count) continue;
+        float v[kGroup];
+        load_group_within(x.data, x.dtype, begin + t * d + c, begin + (t + 1) * d, v);
+#pragma unroll
+        for (int i = 0; i < kGroup * kRanks; ++i) {
+          sum[t][i % kRanks] = HardwareFma::apply(v[i / kRanks], l[i], sum[t][i % kRanks]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens * kRanks; ++i) {
+      const float total = warp_sum(sum[i / kRanks][i % kRanks]);
+      if (lane == 0) partial[warp * kTokens * kRanks + i] = total;
+    }
+    __syncthreads();
+    const int i = threadIdx.x;
+    if (i < kTokens * kRanks && first + i % kRanks < rank) {
+      float total = 0.0f;
+      for (int w = 0; w < kWarps; ++w) total += partial[w * kTokens * kRanks + i];
+      h[i / kRanks * kMaxRank + first + i % kRanks] = total;
+    }
+    __syncthreads();
+  }
+}
+
+// y[t] <- base[t] + (g[t] right + scale bias) for t < count, g being [kTokens, kMaxRank] in shared memory; the first
+// token begins at element `begin` of base and y. base and bias may be null.
+template <int kTokens>
+__device__ __forceinline__ void expand(const Tokens& base, const Tokens& y, int64_t begin, int count, const float* g,
+                                       const float* right, int64_t d, int rank, const float* bias, float scale) {
+  for (int64_t c = threadIdx.x * kGroup; c < d; c += kThreads * kGroup) {
+    float sum[kTokens][kGroup] = {};
+    for (int j = 0; j < rank; ++j) {
+      float r[kGroup];
+      load_group_within(right + j * d, Dtype::kFloat32, c, d, r);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        const float factor = g[t * kMaxRank + j];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) sum[t][i] = HardwareFma::apply(factor, r[i], sum[t][i]);
+      }
+    }
+    float b[kGroup] = {};
+    if (bias != nullptr) load_group_within(bias, Dtype::kFloat32, c, d, b);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (t >= count) continue;
+      const int64_t at = begin + t * d + c, end = begin + (t + 1) * d;
+      float v[kGroup] = {};
+      if (base.data != nullptr) load_group_within(base.data, base.dtype, at, end, v);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) v[i] += HardwareFma::apply(scale, b[i], sum[t][i]);
+      store_group_within(y.data, y.dtype, at, end, v);
+    }
+  }
+}
+
+}  // namespace adazeta
