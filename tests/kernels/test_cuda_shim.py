@@ -10,7 +10,9 @@ import pytest
 import shim
 import torch
 
-from adazeta_kernels.backends import native, native_cuda
+from adazeta_kernels import TTAdapterLayout, checks
+from adazeta_kernels.backends import native, native_cuda, reference
+from adazeta_kernels.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["gaussian", "rademacher"]
@@ -114,3 +116,69 @@ def test_errors_become_exceptions(module):
     with pytest.raises(RuntimeError, match="invalid argument"):  # a table is needed, none is given
         module.cuda_perturb(*many, 0, 0, 0, 0, 1.0, 0, 0, (0, 0))
     assert (out == 0).all()
+
+
+LAYOUTS = [
+    TTAdapterLayout.auto(576, 64, 5),
+    TTAdapterLayout.auto(120, 24, (2, 3, 4, 3, 2), bias=False),
+    TTAdapterLayout.auto(24, 8, 7),
+    # Above the shared memory of a block: device memory instead.
+    TTAdapterLayout.auto(4096, 64, 16),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.width}-{layout.max_bond}")
+def test_tt_factors(cuda, layout):
+    theta = torch.randn(layout.numel) * 0.4
+    for probes, offset, distribution in ((1, 0, "gaussian"), (5, 2**33 - 13, "rademacher")):
+        seeds, scales = torch.arange(probes) - 2, torch.randn(probes)
+        scales[0] = 0.0
+        got = cuda.tt_factors(theta, layout, seeds, scales, offset, distribution)
+        want = native.tt_factors(theta, layout, seeds, scales, offset, distribution)
+        # Cores have the same bits, sums the same order; without hardware fma the CPU may round products.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
+def test_the_last_layout_needs_device_memory(module):
+    assert [module.cuda_tt_factors_scratch(layout._encoded, (0, 0)) > 0 for layout in LAYOUTS] == [False] * 3 + [True]
+
+
+def test_tt_factors_of_many_adapters_and_probes(cuda):
+    layout = TTAdapterLayout.auto(24, 8, 2)
+    theta, seeds, scales = torch.randn(2 * layout.numel), torch.arange(260), torch.randn(260)
+    got = cuda.tt_factors(theta, layout, seeds, scales, 41, "gaussian", adapters=2)
+    for adapter, part in enumerate(theta.split(layout.numel)):
+        one = cuda.tt_factors(part, layout, seeds, scales, 41 + adapter * layout.numel, "gaussian")
+        assert torch.equal(got[adapter], one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda layout: f"{layout.width}-{layout.max_bond}")
+def test_tt_adapter(cuda, layout, dtype):
+    theta = torch.randn(layout.numel) * 0.4
+    for act, (probes, tokens) in zip(checks.ACTS, ((1, 1), (5, 1), (3, 13), (2, 0), (1, 70))):
+        factors = native.tt_factors(theta, layout, torch.arange(probes), torch.full((probes,), 0.1), 0, "gaussian")
+        _, x = misaligned(probes * tokens * layout.width, dtype, tokens % 3)
+        x = x.copy_(torch.randn(x.shape)).view(probes, tokens, layout.width)
+        y = cuda.tt_adapter(x, factors, layout, act, -0.7)
+        oracle = reference.tt_adapter(x.double(), factors.double(), layout, act, -0.7)
+        assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank(cuda, dtype):
+    for probes, tokens, d_in, rank, d_out in (
+        (1, 1, 8, 1, 8),
+        (3, 13, 100, 5, 37),
+        (2, 9, 2500, 12, 64),
+        (1, 17, 7, 64, 3),
+    ):
+        x, base = torch.randn(probes, tokens, d_in).to(dtype), torch.randn(probes, tokens, d_out).to(dtype)
+        left, right = torch.randn(probes, d_in, rank), torch.randn(probes, rank, d_out)
+        bias = torch.randn(probes, d_out)
+        wide = (x.double(), left.double(), right.double())
+        y = cuda.tt_linear(x, left, right, bias)
+        assert_as_exact_as(y, reference.tt_linear(x, left, right, bias), wide[0] @ wide[1] @ wide[2] + bias[:, None])
+        y = cuda.low_rank_linear(x, base, left, right, 0.3)
+        oracle = base.double() + 0.3 * (wide[0] @ wide[1] @ wide[2])
+        assert_as_exact_as(y, reference.low_rank_linear(x, base, left, right, 0.3), oracle)

@@ -1,5 +1,6 @@
 // The runtime behind cuda_runtime.h of this folder: fibers and barriers. And what csrc/bindings.cpp wants of the CPU.
 #include <ucontext.h>
+#include <csetjmp>
 
 #include <memory>
 #include <vector>
@@ -17,29 +18,44 @@ constexpr size_t kSharedLimit = 163 << 10;  // what sm_80 has
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
+// A context starts a fiber; afterwards _setjmp and _longjmp switch, which make no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool started;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
-  float shared_value;
+  float shared_value[2];
+  unsigned shuffles;
 };
 
 std::vector<Fiber> fibers;
-ucontext_t scheduler;
+ucontext_t origin;
+jmp_buf scheduler;
 unsigned thread_count, current;
 const std::function<void()>* body;
 std::vector<float> shared_memory;
 
 void wait(State state) {
-  const unsigned me = current;
-  fibers[me].state = state;
-  swapcontext(&fibers[me].context, &scheduler);
+  Fiber& me = fibers[current];
+  me.state = state;
+  if (_setjmp(me.place) == 0) _longjmp(scheduler, 1);
 }
 
 void run_body() {
   (*body)();
   fibers[current].state = State::kDone;
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+// Runs the current thread to its next barrier.
+void resume() {
+  Fiber& fiber = fibers[current];
+  threadIdx = dim3(current);
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  swapcontext(&origin, &fiber.context);
 }
 
 // Lets threads [first, last) go on when every one that is not done waits at `barrier`.
@@ -67,15 +83,14 @@ cudaError_t run_block(bool backwards) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_body, 0);
     fiber.state = State::kReady;
+    fiber.started = false;
+    fiber.shuffles = 0;
   }
   for (;;) {
     unsigned done = 0;
     for (unsigned i = 0; i < thread_count; ++i) {
       current = backwards ? thread_count - 1 - i : i;
-      if (fibers[current].state == State::kReady) {
-        threadIdx = dim3(current);
-        swapcontext(&scheduler, &fibers[current].context);
-      }
+      if (fibers[current].state == State::kReady) resume();
       done += fibers[current].state == State::kDone;
     }
     if (done == thread_count) return cudaSuccess;
@@ -93,11 +108,11 @@ void __syncthreads() { wait(State::kAtBlockBarrier); }
 
 float __shfl_xor_sync(unsigned, float value, int lane_mask) {
   const unsigned me = current;
-  fibers[me].shared_value = value;
+  // Two slots in turn: a lane cannot be two shuffles ahead of another, so none overwrites a value that is to be read.
+  const unsigned slot = fibers[me].shuffles++ % 2;
+  fibers[me].shared_value[slot] = value;
   wait(State::kAtWarpBarrier);
-  const float other = fibers[me ^ static_cast<unsigned>(lane_mask)].shared_value;
-  wait(State::kAtWarpBarrier);  // nobody overwrites its value before all have read
-  return other;
+  return fibers[me ^ static_cast<unsigned>(lane_mask)].shared_value[slot];
 }
 
 namespace shim {
