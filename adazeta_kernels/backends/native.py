@@ -1,9 +1,18 @@
-"""The C++ kernels of csrc/ on the CPU. Takes validated arguments; here pointers are taken and threads are counted."""
+"""The C++ and CUDA kernels of csrc/. Takes validated arguments; here pointers are taken and threads are counted.
+
+Tensors on a GPU go to native_cuda.py. `level` forces an instruction set level of the CPU; results are the same on all
+of the first three ops.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from adazeta_kernels.backends import native_cuda
+from adazeta_kernels.backends.native_cuda import ACTS as _ACTS
+from adazeta_kernels.backends.native_cuda import DISTRIBUTIONS as _DISTRIBUTIONS
+from adazeta_kernels.backends.native_cuda import DTYPES as _DTYPES
+from adazeta_kernels.backends.native_cuda import dense_rows as _dense_rows
 from adazeta_kernels.layout import TTAdapterLayout
 
 try:
@@ -12,9 +21,6 @@ except ImportError as error:
     _native = None
     _IMPORT_ERROR = str(error)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}
-_ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3, "identity": 4}
 _OPS = ("fill_normal_", "perturb_", "perturb_rows", "tt_factors", "tt_adapter", "tt_linear", "low_rank_linear")
 _FLOAT32_ONLY = ("perturb_rows", "tt_factors")
 
@@ -38,8 +44,11 @@ def supports(
     """
     if op not in _OPS:
         return f"no native kernel of {op} yet"
-    if device != "cpu":
-        return f"native kernels run on the CPU, not yet on {device}"
+    if device == "cuda":
+        if reason := native_cuda.unavailable():
+            return f"CUDA: {reason}"
+    elif device != "cpu":
+        return f"native kernels run on the CPU and on CUDA, not on {device}"
     if dtype not in _DTYPES or (op in _FLOAT32_ONLY and dtype != torch.float32):
         return f"no native kernel of {op} for {dtype}"
     limits = (
@@ -60,6 +69,8 @@ def levels() -> list[str]:
 
 def fill_normal_(out: torch.Tensor, seed: int, offset: int, distribution: str, *, level: str = "auto") -> None:
     """out[i] <- z(seed)[offset + i]. `level` forces an instruction set level; the result is the same on all."""
+    if out.is_cuda:
+        return native_cuda.fill_normal_(out, seed, offset, distribution)
     _native.fill_normal(
         out.data_ptr(),
         out.numel(),
@@ -83,6 +94,8 @@ def perturb_(
     level: str = "auto",
 ) -> None:
     """theta <- decay theta + sum_j scales[j] z(seeds[j]), theta being the concatenation of `params`."""
+    if params[0].is_cuda:
+        return native_cuda.perturb_(params, seeds, scales, offset, decay, distribution)
     seeds, scales = seeds.contiguous(), scales.contiguous()
     _native.perturb(
         [p.data_ptr() for p in params],
@@ -109,6 +122,8 @@ def perturb_rows(
     level: str = "auto",
 ) -> torch.Tensor:
     """Row p of the result `(P, n)` is theta + scales[p] z(seeds[p]), the bits that perturb_ would write; float32."""
+    if theta.is_cuda:
+        return native_cuda.perturb_rows(theta, seeds, scales, offset, distribution)
     theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
     out = theta.new_empty((seeds.numel(), theta.numel()))
     _native.perturb_rows(
@@ -137,6 +152,8 @@ def tt_factors(
     level: str = "auto",
 ) -> torch.Tensor:
     """Factors `(P, F)` of theta + scales[p] z(seeds[p]); see ops.tt_factors."""
+    if theta.is_cuda:
+        return native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution)
     theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
     out = theta.new_empty((seeds.numel(), layout.factor_numel))
     _native.tt_factors(
@@ -164,6 +181,8 @@ def tt_adapter(
     level: str = "auto",
 ) -> torch.Tensor:
     """`x + scale * up(act(down(x)))`; see ops.tt_adapter."""
+    if x.is_cuda:
+        return native_cuda.tt_adapter(x, factors, layout, act, scale)
     x, factors = x.contiguous(), _dense_rows(factors)
     y = torch.empty_like(x)
     _native.tt_adapter(
@@ -187,6 +206,8 @@ def tt_linear(
     x: torch.Tensor, L: torch.Tensor, R: torch.Tensor, bias: torch.Tensor | None, *, level: str = "auto"
 ) -> torch.Tensor:
     """`(x L) R + bias`; see ops.tt_linear."""
+    if x.is_cuda:
+        return native_cuda.tt_linear(x, L, R, bias)
     return _low_rank(_native.tt_linear, x, None, L, R, bias, 1.0, level)
 
 
@@ -194,6 +215,8 @@ def low_rank_linear(
     x: torch.Tensor, base: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, *, level: str = "auto"
 ) -> torch.Tensor:
     """`base + scale * (x A) B`; see ops.low_rank_linear."""
+    if x.is_cuda:
+        return native_cuda.low_rank_linear(x, base, A, B, scale)
     return _low_rank(_native.low_rank_linear, x, base.contiguous(), A, B, None, scale, level)
 
 
@@ -225,9 +248,3 @@ def _low_rank(kernel, x, base, left, right, bias, scale, level):
         level,
     )
     return y
-
-
-def _dense_rows(tensor):
-    """The tensor, copied unless each of its rows (dimension 0) is dense; the distance between rows may be anything."""
-    dense = tensor.shape[0] > 0 and tensor[0].is_contiguous()
-    return tensor if dense else tensor.contiguous()
