@@ -15,11 +15,18 @@ template <int kRows, int kDepth>
 ADAZETA_HD void multiply_rows(float* __restrict c, const float* __restrict a, const float* __restrict b, int depth,
                               int64_t n) {
   const int inner = kDepth == 0 ? depth : kDepth;
+  // In registers, where the compiler would load them again for every column.
+  Vec known[kRows][kDepth == 0 ? 1 : kDepth];
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < kDepth; ++k) known[r][k] = VecMath::set(a[r * kDepth + k]);
+  }
   const auto columns = [&](int64_t i, auto load_b, auto store_c) {
     Vec sum[kRows] = {};
     for (int k = 0; k < inner; ++k) {
       const Vec row = load_b(b + k * n + i);
-      for (int r = 0; r < kRows; ++r) sum[r] = VecMath::fma(VecMath::set(a[r * inner + k]), row, sum[r]);
+      for (int r = 0; r < kRows; ++r) {
+        sum[r] = VecMath::fma(kDepth == 0 ? VecMath::set(a[r * inner + k]) : known[r][k], row, sum[r]);
+      }
     }
     for (int r = 0; r < kRows; ++r) store_c(c + r * n + i, sum[r]);
   };
@@ -61,15 +68,30 @@ struct MatrixOps {
 };
 
 // theta + scale z in `buffer`, whose element 0 has the index of the first tile's; returns where theta[0] lies.
-float* perturb_copy(const TTFactorsParams& p, const Tiling& tiling, int64_t probe, float* buffer) {
+//
+// Making normals leaves the memory idle, and writing factors leaves the arithmetic idle: meanwhile the cache lines of
+// `out` are fetched, evenly spread over the groups of normals.
+float* perturb_copy(const TTFactorsParams& p, const Tiling& tiling, int64_t probe, float* buffer, const float* out,
+                    int64_t out_numel) {
+  constexpr int64_t kMostAhead = 1 << 17;  // numbers; half a MiB stays in the cache until it is written
   const uint64_t base = tiling.range(0).base;
   float* theta = buffer + (p.offset - base);
   memcpy(theta, p.theta, tiling.numel * sizeof(float));
   if (p.scales[probe] == 0.0f) return theta;
+  const int step = p.distribution == Distribution::kGaussian ? kGroupWords : static_cast<int>(kTile);
+  const int64_t ahead = out_numel < kMostAhead ? out_numel : kMostAhead;
+  int64_t fetched = 0, done = 0;
   const int64_t tiles = tiling.count();
   for (int64_t i = 0; i < tiles; ++i) {
-    const TileRange range = tiling.range(i);
-    add_direction(buffer + (range.base - base), range, p.seeds[probe], p.scales[probe], p.distribution);
+    const TileRange tile = tiling.range(i);
+    for (int first = tile.first, last; first < tile.last; first = last) {
+      last = (first / step + 1) * step;
+      if (last > tile.last) last = tile.last;
+      add_direction(buffer + (tile.base - base), {tile.base, first, last}, p.seeds[probe], p.scales[probe],
+                    p.distribution);
+      done += last - first;
+      for (; fetched < ahead * done / tiling.numel; fetched += 16) __builtin_prefetch(out + fetched, 1);
+    }
   }
   return theta;
 }
@@ -85,8 +107,9 @@ void tt_factors(const TTFactorsParams& p) {
     float* buffer = scratch.of(thread);
     memset(buffer, 0, copy_numel * sizeof(float));
     for (int64_t probe = first; probe < last; ++probe) {
-      const float* theta = perturb_copy(p, tiling, probe, buffer);
-      contract_adapter(p.layout, theta, buffer + copy_numel, p.out + probe * factors, MatrixOps{});
+      float* out = p.out + probe * factors;
+      const float* theta = perturb_copy(p, tiling, probe, buffer, out, factors);
+      contract_adapter(p.layout, theta, buffer + copy_numel, out, MatrixOps{});
     }
   });
 }
