@@ -1,0 +1,106 @@
+"""The native ops on a GPU: time by CUDA events, against a copy of as many bytes and against plain torch.
+
+    python -m pytest benchmarks/bench_cuda.py --benchmark-only     skipped where torch sees no GPU
+
+`extra_info` holds, in microseconds, medians of native, copy and plain torch (null where a case has none), measured in
+turns; bytes that have to move; and what part of the copy's bandwidth was reached.
+"""
+
+import statistics
+
+import pytest
+import torch
+
+from adazeta_kernels import TTAdapterLayout, perturb_, tt_adapter, tt_factors
+from adazeta_kernels.backends import native_cuda, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none"),
+]
+ROUNDS = 20
+
+
+def microseconds(functions):
+    """Median of every function, taken in turns, between events on the device."""
+    times = {name: [] for name in functions}
+    for turn in range(ROUNDS + 3):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(2_000_000)  # the host is ahead when the events are reached: its own time is not counted
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            if turn >= 3:
+                times[name].append(1e3 * start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def record(benchmark, native, moved, plain=None):
+    """Time native, a copy of `moved` bytes (read and written) and `plain`, then let pytest-benchmark time native."""
+    source = torch.empty(max(moved // 2, 1), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    functions = {"native": native, "copy": lambda: target.copy_(source)}
+    median = microseconds(functions | ({"plain": plain} if plain else {}))
+    benchmark.extra_info.update(
+        bytes=moved,
+        native_us=median["native"],
+        copy_us=median["copy"],
+        plain_us=median.get("plain"),
+        percent_of_copy=100 * median["copy"] / median["native"],
+        device=torch.cuda.get_device_name(),
+    )
+
+    def synchronised():
+        native()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(synchronised, rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_cuda_perturb(benchmark, dtype, distribution):
+    theta = torch.randn(10**8, device="cuda").to(dtype)
+
+    def plain():
+        theta.add_(torch.normal(0.0, 1.0, theta.shape, dtype=dtype, device="cuda"), alpha=1e-3)
+
+    def native():
+        perturb_([theta], [1], [1e-3], distribution=distribution, backend="native")
+
+    record(benchmark, native, 2 * theta.nbytes, plain)
+
+
+def bench_cuda_update_of_20_seeds(benchmark):
+    theta, seeds, scales = torch.randn(10**6, device="cuda"), list(range(20)), [1e-3] * 20
+    record(benchmark, lambda: perturb_([theta], seeds, scales, decay=0.999, backend="native"), 2 * theta.nbytes)
+
+
+def bench_cuda_tt_factors(benchmark):
+    """96 adapters of 4096 <-> 64, rank 5, at 40 probes, in one launch."""
+    layout = TTAdapterLayout.auto(4096, 64, 5)
+    theta = torch.randn(96 * layout.numel, device="cuda")
+    seeds, scales = torch.arange(40), torch.full((40,), 1e-3)
+    moved = 4 * 96 * 40 * layout.factor_numel + theta.nbytes
+    record(
+        benchmark,
+        lambda: native_cuda.tt_factors(theta, layout, seeds, scales, 0, "gaussian", adapters=96),
+        moved,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+def bench_cuda_tt_adapter(benchmark, tokens):
+    """40 probes, width 4096, bfloat16; 1,024 tokens a probe are 40,960 rows."""
+    layout = TTAdapterLayout.auto(4096, 64, 5)
+    theta = torch.randn(layout.numel, device="cuda") * 0.1
+    factors = tt_factors(theta, layout, list(range(40)), [1e-3] * 40, backend="native")
+    x = torch.randn(40, tokens, 4096, device="cuda").bfloat16()
+    record(
+        benchmark,
+        lambda: tt_adapter(x, factors, layout, backend="native"),
+        2 * x.nbytes + factors.nbytes,
+        lambda: reference.tt_adapter(x, factors, layout, "relu", 1.0),
+    )
