@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adazeta_kernels import _native, backends
+from adazeta_kernels.backends import native
 
 MODULE = _native.__file__
 
@@ -150,3 +151,14 @@ def test_bad_codes_raise_before_anything_is_written(arguments, match):
     with pytest.raises(ValueError, match=match):
         _native.fill_normal(out=out.data_ptr(), **(good | arguments))
     assert (out == 0).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/kernels/test_gpu.py uses it")
+def test_without_a_gpu_the_cause_is_named():
+    reason = native.supports("perturb_", device="cuda", dtype=torch.float32)
+    assert re.search("^CUDA: .*(built without CUDA|driver|device)", reason), reason
+    if _native.cuda_built():
+        out = torch.zeros(4)
+        with pytest.raises(RuntimeError, match=r"fill_normal_ on CUDA device 0: .*(driver|device).* \(cudaError \d+\)"):
+            _native.cuda_fill_normal(out.data_ptr(), 4, 0, 1, 0, 0, (0, 0))
+        assert (out == 0).all()
