@@ -1,7 +1,8 @@
 """Write the tables of docs/performance.md from the JSON of `make bench`.
 
-    python benchmarks/report.py [RESULT.json]        default: the newest under benchmarks/results
+    python benchmarks/report.py [RESULT.json [PAGE.md]]
 
+By default of the newest result under benchmarks/results, into docs/performance.md.
 What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine, perturb_, tt_factors and
 tt_adapter; everything else on the page is written by hand.
 """
@@ -120,12 +121,13 @@ def main():
     if len(sys.argv) < 2 and not results:
         sys.exit("no results found: run `make bench` first, or name a JSON file")
     result = json.loads((Path(sys.argv[1]) if len(sys.argv) > 1 else results[-1]).read_text())
-    page = replace(PAGE.read_text(), "machine", machine(result))
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else PAGE
+    page = replace(target.read_text(), "machine", machine(result))
     for op, columns in COLUMNS.items():
         benchmarks = [benchmark for benchmark in result["benchmarks"] if op_of(benchmark) == op]
         if benchmarks:
             page = replace(page, op, table(benchmarks, columns))
-    PAGE.write_text(page)
+    target.write_text(page)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,20 @@ SMALL = ELEMENTS < 1 << 20  # a trial run: every case in little
 
 
 def paired_seconds(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each function, all called once per round, after one call that is not counted."""
+    """Median seconds of each function, all called once per round, after one call that is not counted.
+
+    With one thread they are seconds of CPU time, system calls included: being interrupted by another program does not
+    count, though sharing caches and memory with it does. With several threads they are seconds by the clock.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
