@@ -29,7 +29,7 @@ PRESETS = {
         },
         zo={
             "eps": 0.03,
-            "queries": 16,
+            "queries": 32,
             "directions": "example",
             "difference": "central",
             "combine": "spread",
@@ -39,10 +39,10 @@ PRESETS = {
             "distribution": "rademacher",
         },
         train={
-            "learning_rate": 0.025,
+            "learning_rate": 0.03,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
-            "max_steps": 300,
+            "max_steps": 200,
             "per_device_train_batch_size": 16,
             "weight_decay": 0.0,
             "train_sampling_strategy": "group_by_length",

@@ -215,13 +215,13 @@ def test_bad_settings(config, match):
         tiny_adapted(**config)
 
 
-def test_mlp_sites_of_the_middle_third():
+def test_mlp_sites_of_the_middle_blocks():
     model = tiny_adapted(layers=6, sites="mlp", layers_to_transform="middle")
     assert [name for name, _ in model.base_model.tt_layers("default")] == [
         "model.layers.2.mlp.down_proj",
         "model.layers.3.mlp.down_proj",
     ]
-    assert resolve_layers("middle", {"num_hidden_layers": 30}) == list(range(10, 20))
+    assert resolve_layers("middle", {"num_hidden_layers": 30}) == list(range(10, 22))
     assert resolve_layers("middle", {"n_layer": 1}) == [0]
     with pytest.raises(ValueError, match="indices of blocks or 'middle'"):
         resolve_layers("upper", {"num_hidden_layers": 3})

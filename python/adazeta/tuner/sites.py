@@ -70,7 +70,7 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
 
 
 def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mapping) -> int | list[int] | None:
-    """Return the block indices that ``layers`` names; ``"middle"`` is the middle third of a model's blocks.
+    """Return the block indices that ``layers`` names; ``"middle"`` runs from a third of the depth to three quarters.
 
     Raises:
         ValueError: another string, or a model whose configuration does not say how many blocks it has.
@@ -82,7 +82,7 @@ def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mappi
     number = model_config.get("num_hidden_layers") or model_config.get("n_layer")
     if not number:
         raise ValueError("layers_to_transform='middle' needs a model configuration with num_hidden_layers")
-    return list(range(number // 3, max(number // 3 + 1, 2 * number // 3)))
+    return list(range(number // 3, max(number // 3 + 1, 3 * number // 4)))
 
 
 def placement_of(key: str, sites: Mapping[str, str]) -> str:
