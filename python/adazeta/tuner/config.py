@@ -36,8 +36,8 @@ class TTConfig(PeftConfig):
             each unless ``sites`` names a module with ``pre:``.
         exclude_modules: module names (or one regular expression) to leave out.
         modules_to_save: further modules trained and saved whole, a task head for example.
-        layers_to_transform: index or indices of the blocks that get adapters, or ``"middle"``: those from a third of the
-            depth to three quarters; all by default.
+        layers_to_transform: index or indices of the blocks that get adapters, or ``"middle"``: those from a third of
+            the depth to three quarters; all by default.
         layers_pattern: name of the block list, where it cannot be guessed.
 
     Source: AdaZeta, Yang et al., EMNLP 2024 (arXiv 2406.18060), section 3.1.
