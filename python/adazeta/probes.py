@@ -16,7 +16,7 @@ import torch
 from adazeta_kernels import perturb_
 
 #: probes x tokens per forward above which a larger batch no longer gets cheaper per row (docs/guide.md).
-TOKENS_PER_FORWARD = {"cpu": 768, "default": 65536}
+TOKENS_PER_FORWARD = {"cpu": 384, "default": 65536}
 
 
 @dataclass(frozen=True)
