@@ -235,7 +235,7 @@ TRAINING = [
         "weight-decay", float, "per unit of lr, on everything but biases", goes_to="train.weight_decay", default=0.0
     ),
     Option("group-by-length", boolean, "batches of texts of similar length", True),
-    Option("eval-every", positive, "steps between evaluations on dev", shown="a fifth of the steps"),
+    Option("eval-every", positive, "steps between evaluations on dev", shown="a quarter of the steps"),
     Option("eval-limit", positive, "most dev examples evaluated", 250),
     Option("eval-batch-size", positive, "examples per forward of an evaluation", 32),
     Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),

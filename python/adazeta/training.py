@@ -107,7 +107,7 @@ def training_arguments(
         seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
         per_device_eval_batch_size=settings["eval_batch_size"],
         eval_strategy="steps" if dev else "no",
-        eval_steps=settings["eval_every"] or max(1, steps // 5),
+        eval_steps=settings["eval_every"] or max(1, steps // 4),
         eval_on_start=dev and not resume,
         save_strategy="steps",
         save_steps=settings["save_every"] or tenth,

@@ -43,8 +43,13 @@ class TTModel(BaseTuner):
             peft_config.sites = resolve_sites(peft_config.sites, model_config.get("model_type"))
         peft_config.layers_to_transform = resolve_layers(peft_config.layers_to_transform, model_config)
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(peft_config.sites)
+            peft_config.target_modules = {n for n, placement in peft_config.sites.items() if placement != "none"}
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: TTConfig, key: str):
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return found if found and placement_of(key, peft_config.sites) != "none" else False
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base_layer = target.get_base_layer() if isinstance(target, TTLayer) else target

@@ -7,12 +7,13 @@ the gate and up projections and after the down projection. ``"mlp"`` keeps only 
 
 from collections.abc import Iterable, Mapping
 
-PLACEMENTS = ("post", "pre")
+PLACEMENTS = ("post", "pre", "none")
 NAMED = ("paper", "published", "mlp")
 
 _LLAMA_PAPER = {"o_proj": "post", "down_proj": "post"}
 _LLAMA_PUBLISHED = {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"}
 _BERT_PAPER = {"attention.output.dense": "post", "output.dense": "post"}
+_BERT_PUBLISHED = {**_BERT_PAPER, "attention.output.dense": "none"}  # its name ends like the MLP's
 
 #: model_type -> {"paper" | "published": {module name: placement}}. The output projection is the last operation of its
 #: sub-block in all of these, so an adapter after it is an adapter after the attention (or MLP) output.
@@ -21,7 +22,7 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
         name: {"paper": _LLAMA_PAPER, "published": _LLAMA_PUBLISHED}
         for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3")
     },
-    **{name: {"paper": _BERT_PAPER, "published": {"output.dense": "post"}} for name in ("bert", "roberta")},
+    **{name: {"paper": _BERT_PAPER, "published": _BERT_PUBLISHED} for name in ("bert", "roberta")},
     "opt": {"paper": {"out_proj": "post", "fc2": "post"}, "published": {"fc1": "pre", "fc2": "post"}},
     "gpt2": {
         "paper": {"attn.c_proj": "post", "mlp.c_proj": "post"},
@@ -35,7 +36,7 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
 
 
 def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: str | None) -> dict[str, str]:
-    """Return ``{module name: "pre" | "post"}`` for ``sites`` of a model of type ``model_type``.
+    """Return ``{module name: "pre" | "post" | "none"}`` for ``sites`` of a model of type ``model_type``.
 
     Args:
         sites: ``"paper"``, ``"published"``, ``"mlp"``, a list of module names (``"o_proj"`` or
@@ -43,7 +44,7 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
         model_type: ``config.model_type`` of the base model; only needed for the named choices.
 
     Raises:
-        ValueError: unknown choice, unknown model type, or a placement other than ``pre`` and ``post``.
+        ValueError: unknown choice, unknown model type, or another placement.
     """
     if isinstance(sites, Mapping):
         placed = dict(sites)
@@ -57,7 +58,8 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
             )
         placed = SITES[model_type]["paper" if sites == "mlp" else sites]
         if sites == "mlp":  # the tables name the attention's module first, the MLP's last
-            placed = dict([list(placed.items())[-1]])
+            mlp = list(placed)[-1]
+            placed = {name: placement if name == mlp else "none" for name, placement in placed.items()}
     else:
         placed = {}
         for entry in sites:
