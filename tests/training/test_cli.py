@@ -15,8 +15,9 @@ from tiny_run import adazeta, write_data, write_model
 from adazeta import cli, options, plots, trainer
 from adazeta.progress import Bar, read_metrics
 
-SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--rank", 2, "--bottleneck", 8)
-PAPER = ("--preset", "paper")
+ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
+SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *ADAPTER)
+PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")
 
 
 @pytest.fixture(scope="module")
