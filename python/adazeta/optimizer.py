@@ -135,9 +135,8 @@ class ZerothOrder(torch.optim.Optimizer):
         seeds = derive_seeds(self.run_seed, self.step_index, self._seeds_used + queries * groups)[self._seeds_used :]
         plan = Plan(seeds, self.eps, probe_signs(self.difference), groups, examples // groups)
         virtual = self.tt_model is not None and self.virtual
-        theta = [] if virtual or self.tt_model is None else [self.tt_model.theta(self.adapter)]
-        if virtual:
-            self.tt_model.theta(self.adapter)  # offsets are those of the flat vector
+        # Asked for even where it is not perturbed itself: it makes the layers' offsets those of the flat vector.
+        theta = [self.tt_model.theta(self.adapter)] if self.tt_model is not None else []
         if virtual and not self.others and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
             losses, rows = evaluate_probe_tokens(
                 plan,
@@ -158,8 +157,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 lambda part: loss_fn(self.model, part),
                 tt_model=self.tt_model if virtual else None,
                 adapter=self.adapter,
-                in_place=theta + [p.data for p in self.others.values()],
-                in_place_offset=self.tt_model.theta(self.adapter).numel() if virtual else 0,
+                in_place=([] if virtual else theta) + [p.data for p in self.others.values()],
+                in_place_offset=theta[0].numel() if virtual else 0,
                 distribution=self.distribution,
                 probes_per_forward=self.probes_per_forward,
                 share_prefix=self.share_prefix,
