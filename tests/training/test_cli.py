@@ -16,19 +16,24 @@ from adazeta import cli, options, plots, trainer
 from adazeta.progress import Bar, read_metrics
 
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
-SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *ADAPTER)
+SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, "--threads", 1, *ADAPTER)
 PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny base model ``base``, labelled texts ``data.jsonl`` and a run ``run`` made by the command."""
+    """A folder with a tiny base model ``base``, labelled texts ``data.jsonl`` and a run ``run`` made by the command.
+
+    That command runs in another process; all of this file's commands use one thread, as GEMMs round by their number.
+    """
+    before = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("world")
     write_model(folder / "base")
     write_data(folder / "data.jsonl")
     done = adazeta(*train_command(folder, "run"))
     assert done.returncode == 0, done.stderr
-    return folder, done
+    yield folder, done
+    torch.set_num_threads(before)
 
 
 def train_command(folder, output, *more):
