@@ -62,6 +62,16 @@ def offset(op: str, value) -> int:
     return value
 
 
+def adapters(op: str, value) -> int | None:
+    """How many adapters of one layout; None is one without a dimension of its own."""
+    if value is None:
+        return None
+    value = _integer(op, "adapters", value)
+    if value < 1:
+        raise ValueError(f"{op}: adapters must be at least 1, got {value}")
+    return value
+
+
 def _integer(op, name, value):
     integer = isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, torch.Tensor))
     if not integer or isinstance(value, bool):
@@ -138,11 +148,21 @@ def no_leaf_in_grad_mode(op: str, params: Sequence[torch.Tensor]) -> None:
                 )
 
 
+def in_memory(op: str, **tensors: torch.Tensor | None) -> None:
+    """Storage of tensors: `untyped_storage().resize_(0)` frees it (sharded training does) and leaves the shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{op}: the memory of {name} of shape {tuple(tensor.shape)} was freed, expected a live tensor"
+            )
+
+
 def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
-    """Memory of contiguous tensors."""
-    if len(params) < 2:
-        return
+    """Memory of contiguous tensors: there, and no byte twice."""
     spans = sorted((p.data_ptr(), p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel())
+    if spans:
+        lowest = spans[0][2]  # the address of a freed tensor is its offset in nothing: none is lower
+        in_memory(op, **{f"tensor {lowest}": params[lowest]})
     for (start, size, first), (following, _, second) in pairwise(spans):
         if start + size > following:
             raise ValueError(
@@ -151,13 +171,15 @@ def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
             )
 
 
-def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, start: int) -> None:
+def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, start: int, adapters: int | None) -> None:
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"tt_factors: theta must be float32 or float64, got {_name(theta.dtype)}")
-    if theta.dim() != 1 or theta.shape[0] != layout.numel:
-        raise ValueError(f"tt_factors: theta must have shape ({layout.numel},), got {tuple(theta.shape)}")
-    if start + layout.numel > INDEX_END:
-        raise ValueError(f"tt_factors: offset {start} plus {layout.numel} elements reaches beyond index 2**63")
+    numel = layout.numel * (adapters or 1)
+    if theta.dim() != 1 or theta.shape[0] != numel:
+        of = "" if adapters is None else f" for {adapters} adapters"
+        raise ValueError(f"tt_factors: theta must have shape ({numel},){of}, got {tuple(theta.shape)}")
+    if start + numel > INDEX_END:
+        raise ValueError(f"tt_factors: offset {start} plus {numel} elements reaches beyond index 2**63")
 
 
 def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout) -> None:

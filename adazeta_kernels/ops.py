@@ -72,6 +72,7 @@ def fill_normal_(
 def _fill_normal_(out, seed, offset, distribution, backend):
     checks.writable("fill_normal_", (out,), offset)
     checks.one_of("fill_normal_", "distribution", distribution, checks.DISTRIBUTIONS)
+    checks.in_memory("fill_normal_", out=out)
     run = dispatch.select("fill_normal_", backend, out.device, out.dtype)
     run(out, seed % 2**64, offset, distribution)
 
@@ -97,7 +98,8 @@ def perturb_(
 
     `theta <- decay * theta + sum_j scales[j] z(seeds[j])`, theta being the concatenation of the list. It is the
     perturbation (one seed), the restore (the opposite scale), the move from one query to the next (two seeds), and the
-    SGD update (all seeds, weight decay as `decay`).
+    SGD update (all seeds, weight decay as `decay`). On a GPU it is one launch for any list; there up to 112 tensors and
+    64 seeds can be captured in a CUDA graph, longer lists go through a table in device memory and cannot.
 
     Args:
         params: contiguous tensors on one device, none sharing memory with another; float32, bfloat16 or float16. Empty
@@ -110,8 +112,8 @@ def perturb_(
 
     Raises:
         TypeError: `params` is no list of tensors of a dtype above; seeds, scales, offset or decay of a wrong type.
-        ValueError: an empty list; a tensor that is not contiguous, shares memory, lies on another device, or requires
-            grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or decay
+        ValueError: an empty list; a tensor that is not contiguous, was freed, shares memory, lies on another device, or
+            requires grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or decay
             that is not finite; an unknown distribution.
 
     Numerics:
@@ -163,79 +165,87 @@ def tt_factors(
     scales: Sequence[float] | torch.Tensor,
     *,
     offset: int = 0,
+    adapters: int | None = None,
     distribution: str = "gaussian",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Contract the TT cores of one adapter at every probe; theta is not written.
+    """Contract the TT cores of one adapter, or of several of one layout, at every probe; theta is not written.
 
     Probe p uses `theta_p = theta + scales[p] z(seeds[p])`. Of the cores `G_1 .. G_m | G_m+1 .. G_2m` of each map it
-    gives `L = G_1 .. G_m` and `R = G_m+1 .. G_2m`.
+    gives `L = G_1 .. G_m` and `R = G_m+1 .. G_2m`. Many adapters are one launch on a GPU, and work for all threads on
+    a CPU.
 
     Args:
-        theta: `(n,)` with n = `layout.numel`; float32, or float64 as an oracle.
-        layout: where cores and biases lie in theta.
+        theta: `(n,)` with n = `layout.numel`, or `(A n,)`: A adapters one behind the other; float32, or float64 as an
+            oracle.
+        layout: where cores and biases lie in the theta of one adapter.
         seeds: P integers, 0 <= seed < 2**64, or an int64 tensor `(P,)` of the same bits, on the CPU.
         scales: P numbers or a float32 tensor `(P,)` on the CPU; 0 evaluates theta itself.
-        offset: index in the direction of `theta[0]`, in elements.
+        offset: index in the direction of `theta[0]`, in elements; number i of adapter a has index `offset + a n + i`.
+        adapters: A, at least 1; None is one adapter and a result without the first dimension.
         distribution: "gaussian" or "rademacher".
 
     Returns:
         `(P, F)` with F = `layout.factor_numel`, dtype of theta; `layout.split_factors` cuts it into L1, R1, b1, L2, R2
-        and b2.
+        and b2. With `adapters` `(A, P, F)`.
 
     Raises:
-        TypeError: wrong dtype of theta, seeds or scales, or `layout` is no TTAdapterLayout.
-        ValueError: theta of another length, no seeds, as many seeds as scales are not given, a seed or offset out of
-            range, a scale that is not finite, an unknown distribution.
+        TypeError: wrong dtype of theta, seeds or scales, `layout` is no TTAdapterLayout, `adapters` no integer.
+        ValueError: theta of another length, `adapters` below 1, no seeds, as many seeds as scales are not given, a seed
+            or offset out of range, a scale that is not finite, an unknown distribution.
 
     Numerics:
         theta_p has the bits that `perturb_` would write. Contraction in float32 without rounding in between; the result
         is never rounded below float32, since bfloat16 erases a perturbation of 1e-3. With float64 theta the float32
-        normals are widened and all arithmetic is float64.
+        normals are widened and all arithmetic is float64. The factors of an adapter have the same bits whether it is
+        evaluated alone or with others.
 
     Source: AdaZeta (arXiv 2406.18060), section 3 and equation of the tensorized linear layer.
     """
     checks.is_tensor("tt_factors", "theta", theta)
     checks.is_layout("tt_factors", layout)
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
-    offset = checks.offset("tt_factors", offset)
+    offset, adapters = checks.offset("tt_factors", offset), checks.adapters("tt_factors", adapters)
     if dispatch.any_requires_grad(theta):
-        _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+        _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
-        return run(theta, layout, seeds, scales, offset, distribution, rows)
-    args = (theta, layout._encoded, seeds, scales, offset, distribution, backend)
+        return run(theta, layout, seeds, scales, offset, distribution, rows, adapters=adapters)
+    args = (theta, layout._encoded, seeds, scales, offset, adapters, distribution, backend)
     return torch.ops.adazeta.tt_factors.default(*args)
 
 
-def _tt_factors(theta, layout, seeds, scales, offset, distribution, backend):
+def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
-    _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
+    _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
     checks.finite_scales("tt_factors", scales)
+    checks.in_memory("tt_factors", theta=theta)
     run = dispatch.select("tt_factors", backend, theta.device, theta.dtype, cores=layout.max_cores)
+    args = (theta, layout, seeds, scales, offset, distribution)
     if run is dispatch.reference("tt_factors"):
         # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
-        rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
-        return run(theta, layout, seeds, scales, offset, distribution, rows)
-    return run(theta, layout, seeds, scales, offset, distribution)
+        args += (dispatch.select("perturb_rows", backend, theta.device, theta.dtype),)
+    return run(*args, adapters=adapters)
 
 
-def _tt_factors_checks(theta, layout, seeds, scales, offset, distribution):
-    checks.tt_factors(theta, layout, offset)
+def _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution):
+    checks.adapters("tt_factors", adapters)
+    checks.tt_factors(theta, layout, offset, adapters)
     checks.seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
     checks.one_of("tt_factors", "distribution", distribution, checks.DISTRIBUTIONS)
 
 
-def _tt_factors_fake(theta, layout, seeds, scales, offset, distribution, backend):
+def _tt_factors_fake(theta, layout, seeds, scales, offset, adapters, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
-    _tt_factors_checks(theta, layout, seeds, scales, offset, distribution)
-    return theta.new_empty((seeds.shape[0], layout.factor_numel))
+    _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
+    shape = (seeds.shape[0], layout.factor_numel)
+    return theta.new_empty(shape if adapters is None else (adapters, *shape))
 
 
 _register(
-    "tt_factors(Tensor theta, int[] layout, Tensor seeds, Tensor scales, int offset, str distribution, str? backend) "
-    "-> Tensor",
+    "tt_factors(Tensor theta, int[] layout, Tensor seeds, Tensor scales, int offset, int? adapters, str distribution, "
+    "str? backend) -> Tensor",
     _tt_factors,
     _tt_factors_fake,
 )
@@ -287,6 +297,7 @@ def tt_adapter(
 def _tt_adapter(x, factors, layout, act, scale, backend):
     layout = TTAdapterLayout.decode(layout)
     _tt_adapter_checks(x, factors, layout, act, scale)
+    checks.in_memory("tt_adapter", x=x, factors=factors)
     sizes = {"cores": layout.max_cores, "rank": layout.max_bond, "bottleneck": layout.bottleneck}
     return dispatch.select("tt_adapter", backend, x.device, x.dtype, **sizes)(x, factors, layout, act, scale)
 
@@ -351,6 +362,7 @@ def tt_linear(
 
 def _tt_linear(x, L, R, bias, backend):
     checks.tt_linear(x, L, R, bias)
+    checks.in_memory("tt_linear", x=x, L=L, R=R, bias=bias)
     return dispatch.select("tt_linear", backend, x.device, x.dtype, rank=L.shape[2])(x, L, R, bias)
 
 
@@ -410,6 +422,7 @@ def low_rank_linear(
 def _low_rank_linear(x, base, A, B, scale, backend):
     checks.low_rank_linear(x, base, A, B)
     checks.finite("low_rank_linear", "scale", scale)
+    checks.in_memory("low_rank_linear", x=x, base=base, A=A, B=B)
     run = dispatch.select("low_rank_linear", backend, x.device, x.dtype, rank=A.shape[2])
     return run(x, base, A, B, scale)
 

@@ -41,13 +41,8 @@ int32_t useful_threads(int threads, int64_t elements) {
 
 void fill_normal(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_t offset, int distribution, int threads,
                  const std::string& level) {
-  check_size(numel, offset);
-  const FillNormalParams params{{pointer<void>(out), 0, checked_dtype(dtype)},
-                                numel,
-                                offset,
-                                seed,
-                                checked_distribution(distribution),
-                                useful_threads(threads, numel)};
+  FillNormalParams params = fill_normal_params(out, numel, dtype, seed, offset, distribution);
+  params.threads = useful_threads(threads, numel);
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
   k.fill_normal(params);
@@ -56,18 +51,9 @@ void fill_normal(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_
 void perturb(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels, const std::vector<int>& dtypes,
              uintptr_t seeds, uintptr_t scales, int64_t seed_count, uint64_t offset, float decay, int distribution,
              int threads, const std::string& level) {
-  int64_t numel = 0;
-  const std::vector<TensorRef> tensors = checked_tensors(pointers, numels, dtypes, offset, &numel);
-  const PerturbParams params{tensors.data(),
-                             static_cast<int64_t>(tensors.size()),
-                             numel,
-                             offset,
-                             pointer<const uint64_t>(seeds),
-                             pointer<const float>(scales),
-                             seed_count,
-                             decay,
-                             checked_distribution(distribution),
-                             useful_threads(threads, numel * (1 + seed_count))};
+  const TensorList list = checked_tensors(pointers, numels, dtypes, offset);
+  PerturbParams params = perturb_params(list, seeds, scales, seed_count, offset, decay, distribution);
+  params.threads = useful_threads(threads, list.numel * (1 + seed_count));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
   k.perturb(params);
@@ -75,62 +61,33 @@ void perturb(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>&
 
 void perturb_rows(uintptr_t theta, uintptr_t out, int64_t rows, int64_t numel, uintptr_t seeds, uintptr_t scales,
                   uint64_t offset, int distribution, int threads, const std::string& level) {
-  check_size(numel, offset);
-  const PerturbRowsParams params{pointer<const float>(theta),
-                                 pointer<float>(out),
-                                 rows,
-                                 numel,
-                                 offset,
-                                 pointer<const uint64_t>(seeds),
-                                 pointer<const float>(scales),
-                                 checked_distribution(distribution),
-                                 useful_threads(threads, rows * numel)};
+  PerturbRowsParams params = perturb_rows_params(theta, out, rows, numel, seeds, scales, offset, distribution);
+  params.threads = useful_threads(threads, rows * numel);
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
   k.perturb_rows(params);
 }
 
-void tt_factors(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layout, uintptr_t seeds, uintptr_t scales,
-                int64_t probes, uint64_t offset, int distribution, int threads, const std::string& level) {
-  TTFactorsParams params{pointer<const float>(theta),
-                         pointer<float>(out),
-                         checked_layout(layout),
-                         pointer<const uint64_t>(seeds),
-                         pointer<const float>(scales),
-                         probes,
-                         offset,
-                         checked_distribution(distribution),
-                         1};
-  check_size(theta_numel(params.layout), offset);
-  params.threads = useful_threads(threads, probes * (2 * theta_numel(params.layout) + factor_numel(params.layout)));
+void tt_factors(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layout, int64_t adapters, uintptr_t seeds,
+                uintptr_t scales, int64_t probes, uint64_t offset, int distribution, int threads,
+                const std::string& level) {
+  TTFactorsParams params = tt_factors_params(theta, out, layout, adapters, seeds, scales, probes, offset, distribution);
+  const int64_t items = adapters * probes, factors = factor_numel(params.layout);
+  params.threads = useful_threads(threads, items * (2 * theta_numel(params.layout) + factors));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
-  prefer_huge_pages(params.out, probes * factor_numel(params.layout) * 4);
+  prefer_huge_pages(params.out, items * factors * 4);
   k.tt_factors(params);
 }
 
 void tt_adapter(uintptr_t x, uintptr_t y, int dtype, int64_t probes, int64_t tokens, const std::vector<int64_t>& layout,
                 uintptr_t factors, int64_t factor_stride, int act, float scale, int threads, const std::string& level) {
-  const TTLayout shape = checked_layout(layout);
-  const Dtype type = checked_dtype(dtype);
-  const int64_t width = d_in(shape.down), bottleneck = d_out(shape.down);
-  const TTAdapterParams params{{pointer<void>(x), type},
-                               {pointer<void>(y), type},
-                               probes,
-                               tokens,
-                               width,
-                               checked_bottleneck(bottleneck),
-                               checked_rank(bond(shape.down)),
-                               checked_rank(bond(shape.up)),
-                               shape.bias,
-                               pointer<const float>(factors),
-                               factor_stride,
-                               checked_act(act),
-                               scale,
-                               useful_threads(threads, probes * (2 * tokens * width + factor_numel(shape)))};
+  TTAdapterParams params = tt_adapter_params(x, y, dtype, probes, tokens, layout, factors, factor_stride, act, scale);
+  const int64_t factor_count = (params.width + params.bottleneck) * (params.rank_down + params.rank_up + params.bias);
+  params.threads = useful_threads(threads, probes * (2 * tokens * params.width + factor_count));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
-  prefer_huge_pages(params.y.data, probes * tokens * width * element_size(type));
+  prefer_huge_pages(params.y.data, probes * tokens * params.width * element_size(params.y.dtype));
   k.tt_adapter(params);
 }
 
@@ -139,26 +96,12 @@ template <void (*Kernels::*kKernel)(const LowRankParams&)>
 void low_rank(uintptr_t x, uintptr_t base, uintptr_t y, int dtype, int64_t probes, int64_t tokens, int64_t d_in,
               int64_t d_out, int64_t rank, uintptr_t left, int64_t left_stride, uintptr_t right, int64_t right_stride,
               uintptr_t bias, int64_t bias_stride, float scale, int threads, const std::string& level) {
-  const Dtype type = checked_dtype(dtype);
-  const LowRankParams params{{pointer<void>(x), type},
-                             {pointer<void>(base), type},
-                             {pointer<void>(y), type},
-                             probes,
-                             tokens,
-                             d_in,
-                             d_out,
-                             checked_rank(rank),
-                             pointer<const float>(left),
-                             pointer<const float>(right),
-                             pointer<const float>(bias),
-                             left_stride,
-                             right_stride,
-                             bias_stride,
-                             scale,
-                             useful_threads(threads, probes * (tokens + rank) * (d_in + d_out))};
+  LowRankParams params = low_rank_params(x, base, y, dtype, probes, tokens, d_in, d_out, rank, left, left_stride, right,
+                                         right_stride, bias, bias_stride, scale);
+  params.threads = useful_threads(threads, probes * (tokens + rank) * (d_in + d_out));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;
-  prefer_huge_pages(params.y.data, probes * tokens * d_out * element_size(type));
+  prefer_huge_pages(params.y.data, probes * tokens * d_out * element_size(params.y.dtype));
   (k.*kKernel)(params);
 }
 
@@ -182,9 +125,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("perturb_rows", &perturb_rows, py::arg("theta"), py::arg("out"), py::arg("rows"), py::arg("numel"),
         py::arg("seeds"), py::arg("scales"), py::arg("offset"), py::arg("distribution"), py::arg("threads"),
         py::arg("level") = "auto");
-  m.def("tt_factors", &tt_factors, py::arg("theta"), py::arg("out"), py::arg("layout"), py::arg("seeds"),
-        py::arg("scales"), py::arg("probes"), py::arg("offset"), py::arg("distribution"), py::arg("threads"),
-        py::arg("level") = "auto");
+  m.def("tt_factors", &tt_factors, py::arg("theta"), py::arg("out"), py::arg("layout"), py::arg("adapters"),
+        py::arg("seeds"), py::arg("scales"), py::arg("probes"), py::arg("offset"), py::arg("distribution"),
+        py::arg("threads"), py::arg("level") = "auto");
   m.def("tt_adapter", &tt_adapter, py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("probes"), py::arg("tokens"),
         py::arg("layout"), py::arg("factors"), py::arg("factor_stride"), py::arg("act"), py::arg("scale"),
         py::arg("threads"), py::arg("level") = "auto");
@@ -227,7 +170,13 @@ PYBIND11_MODULE(_native, m) {
         py::arg("distribution"), py::arg("scratch"), py::arg("where"));
   m.def("cuda_tt_adapter", &cuda::tt_adapter, released, py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("probes"),
         py::arg("tokens"), py::arg("layout"), py::arg("factors"), py::arg("factor_stride"), py::arg("act"),
-        py::arg("scale"), py::arg("where"));
+        py::arg("scale"), py::arg("scratch"), py::arg("where"));
+  m.def("cuda_tt_adapter_scratch", &cuda::tt_adapter_scratch, py::arg("probes"), py::arg("tokens"), py::arg("layout"),
+        py::arg("where"));
+  m.def("cuda_tt_adapter_from_cores", &cuda::tt_adapter_from_cores, released, py::arg("x"), py::arg("y"),
+        py::arg("dtype"), py::arg("probes"), py::arg("tokens"), py::arg("layout"), py::arg("theta"), py::arg("seeds"),
+        py::arg("scales"), py::arg("offset"), py::arg("distribution"), py::arg("act"), py::arg("scale"),
+        py::arg("where"));
   m.def("cuda_low_rank", &cuda::low_rank, released, py::arg("x"), py::arg("base"), py::arg("y"), py::arg("dtype"),
         py::arg("probes"), py::arg("tokens"), py::arg("d_in"), py::arg("d_out"), py::arg("rank"), py::arg("left"),
         py::arg("left_stride"), py::arg("right"), py::arg("right_stride"), py::arg("bias"), py::arg("bias_stride"),

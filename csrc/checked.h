@@ -40,22 +40,25 @@ inline void check_size(int64_t numel, uint64_t offset) {
   }
 }
 
-// Tensors that are not empty, and where each begins in the concatenation, which has *numel elements.
-inline std::vector<TensorRef> checked_tensors(const std::vector<uintptr_t>& pointers,
-                                              const std::vector<int64_t>& numels, const std::vector<int>& dtypes,
-                                              uint64_t offset, int64_t* numel) {
+// Tensors that are not empty, and where each begins in the concatenation, which has `numel` elements.
+struct TensorList {
+  std::vector<TensorRef> tensors;
+  int64_t numel = 0;
+};
+
+inline TensorList checked_tensors(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels,
+                                  const std::vector<int>& dtypes, uint64_t offset) {
   if (pointers.size() != numels.size() || pointers.size() != dtypes.size()) {
     throw std::invalid_argument("expected pointers, numels and dtypes of one length");
   }
-  std::vector<TensorRef> tensors;
-  tensors.reserve(pointers.size());
-  *numel = 0;
+  TensorList list;
+  list.tensors.reserve(pointers.size());
   for (size_t i = 0; i < pointers.size(); ++i) {
-    check_size(numels[i], offset + static_cast<uint64_t>(*numel));
-    if (numels[i] > 0) tensors.push_back({pointer<void>(pointers[i]), *numel, checked_dtype(dtypes[i])});
-    *numel += numels[i];
+    check_size(numels[i], offset + static_cast<uint64_t>(list.numel));
+    if (numels[i] > 0) list.tensors.push_back({pointer<void>(pointers[i]), list.numel, checked_dtype(dtypes[i])});
+    list.numel += numels[i];
   }
-  return tensors;
+  return list;
 }
 
 // Reads what TTAdapterLayout.encode wrote, from the count of input factors of one map on.
@@ -113,6 +116,105 @@ inline int32_t checked_bottleneck(int64_t bottleneck) {
                                 std::to_string(bottleneck));
   }
   return static_cast<int32_t>(bottleneck);
+}
+
+// What an op takes, from Python's arguments, for one thread.
+inline FillNormalParams fill_normal_params(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_t offset,
+                                           int distribution) {
+  check_size(numel, offset);
+  return {{pointer<void>(out), 0, checked_dtype(dtype)}, numel, offset, seed, checked_distribution(distribution), 1};
+}
+
+// The list has to outlive the result.
+inline PerturbParams perturb_params(const TensorList& list, uintptr_t seeds, uintptr_t scales, int64_t seed_count,
+                                    uint64_t offset, float decay, int distribution) {
+  return {list.tensors.data(),
+          static_cast<int64_t>(list.tensors.size()),
+          list.numel,
+          offset,
+          pointer<const uint64_t>(seeds),
+          pointer<const float>(scales),
+          seed_count,
+          decay,
+          checked_distribution(distribution),
+          1};
+}
+
+inline PerturbRowsParams perturb_rows_params(uintptr_t theta, uintptr_t out, int64_t rows, int64_t numel,
+                                             uintptr_t seeds, uintptr_t scales, uint64_t offset, int distribution) {
+  check_size(numel, offset);
+  return {pointer<const float>(theta),
+          pointer<float>(out),
+          rows,
+          numel,
+          offset,
+          pointer<const uint64_t>(seeds),
+          pointer<const float>(scales),
+          checked_distribution(distribution),
+          1};
+}
+
+inline TTFactorsParams tt_factors_params(uintptr_t theta, uintptr_t out, const std::vector<int64_t>& layout,
+                                         int64_t adapters, uintptr_t seeds, uintptr_t scales, int64_t probes,
+                                         uint64_t offset, int distribution) {
+  const TTLayout shape = checked_layout(layout);
+  if (adapters < 1) throw std::invalid_argument("expected at least 1 adapter, got " + std::to_string(adapters));
+  check_size(adapters * theta_numel(shape), offset);
+  return {pointer<const float>(theta),
+          pointer<float>(out),
+          shape,
+          adapters,
+          pointer<const uint64_t>(seeds),
+          pointer<const float>(scales),
+          probes,
+          offset,
+          checked_distribution(distribution),
+          1};
+}
+
+inline TTAdapterParams tt_adapter_params(uintptr_t x, uintptr_t y, int dtype, int64_t probes, int64_t tokens,
+                                         const std::vector<int64_t>& layout, uintptr_t factors, int64_t factor_stride,
+                                         int act, float scale) {
+  const TTLayout shape = checked_layout(layout);
+  const Dtype type = checked_dtype(dtype);
+  return {{pointer<void>(x), type},
+          {pointer<void>(y), type},
+          probes,
+          tokens,
+          d_in(shape.down),
+          checked_bottleneck(d_out(shape.down)),
+          checked_rank(bond(shape.down)),
+          checked_rank(bond(shape.up)),
+          shape.bias,
+          pointer<const float>(factors),
+          factor_stride,
+          checked_act(act),
+          scale,
+          1};
+}
+
+// tt_linear has base 0 and scale 1, low_rank_linear bias 0.
+inline LowRankParams low_rank_params(uintptr_t x, uintptr_t base, uintptr_t y, int dtype, int64_t probes,
+                                     int64_t tokens, int64_t d_in, int64_t d_out, int64_t rank, uintptr_t left,
+                                     int64_t left_stride, uintptr_t right, int64_t right_stride, uintptr_t bias,
+                                     int64_t bias_stride, float scale) {
+  const Dtype type = checked_dtype(dtype);
+  return {{pointer<void>(x), type},
+          {pointer<void>(base), type},
+          {pointer<void>(y), type},
+          probes,
+          tokens,
+          d_in,
+          d_out,
+          checked_rank(rank),
+          pointer<const float>(left),
+          pointer<const float>(right),
+          pointer<const float>(bias),
+          left_stride,
+          right_stride,
+          bias_stride,
+          scale,
+          1};
 }
 
 }  // namespace adazeta

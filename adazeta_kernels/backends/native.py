@@ -13,6 +13,7 @@ from adazeta_kernels.backends.native_cuda import ACTS as _ACTS
 from adazeta_kernels.backends.native_cuda import DISTRIBUTIONS as _DISTRIBUTIONS
 from adazeta_kernels.backends.native_cuda import DTYPES as _DTYPES
 from adazeta_kernels.backends.native_cuda import dense_rows as _dense_rows
+from adazeta_kernels.backends.native_cuda import tensor_lists as _tensor_lists
 from adazeta_kernels.layout import TTAdapterLayout
 
 try:
@@ -98,9 +99,7 @@ def perturb_(
         return native_cuda.perturb_(params, seeds, scales, offset, decay, distribution)
     seeds, scales = seeds.contiguous(), scales.contiguous()
     _native.perturb(
-        [p.data_ptr() for p in params],
-        [p.numel() for p in params],
-        [_DTYPES[p.dtype] for p in params],
+        *_tensor_lists(params),
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),
@@ -149,17 +148,20 @@ def tt_factors(
     offset: int,
     distribution: str,
     *,
+    adapters: int | None = None,
     level: str = "auto",
 ) -> torch.Tensor:
-    """Factors `(P, F)` of theta + scales[p] z(seeds[p]); see ops.tt_factors."""
+    """Factors `(P, F)`, with `adapters` `(A, P, F)`, of theta + scales[p] z(seeds[p]); see ops.tt_factors."""
     if theta.is_cuda:
-        return native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution)
+        return native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution, adapters=adapters)
     theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
-    out = theta.new_empty((seeds.numel(), layout.factor_numel))
+    shape = (seeds.numel(), layout.factor_numel)
+    out = theta.new_empty(shape if adapters is None else (adapters, *shape))
     _native.tt_factors(
         theta.data_ptr(),
         out.data_ptr(),
         layout._encoded,
+        adapters or 1,
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),

@@ -48,16 +48,20 @@ def perturb_(
     decay: float,
     distribution: str,
 ) -> None:
-    """theta <- decay theta + sum_j scales[j] z(seeds[j]) in one launch.
+    """theta <- decay theta + sum_j scales[j] z(seeds[j]) in one launch, however many tensors and seeds there are.
+
+    Up to 112 tensors and 64 seeds travel with the launch. Longer lists go ahead of it, on the same stream, as a table in
+    device memory of torch's allocator: one copy from pinned memory, which does not wait.
 
     Raises:
-        RuntimeError: more tensors or seeds than travel with a launch (112 and 64), while a CUDA graph is captured.
+        RuntimeError: lists that need a table, while a CUDA graph is captured (the graph would replay a copy from memory
+            that is gone).
     """
     params = [p for p in params if p.numel()]
     if not params:
         return
     seeds, scales = seeds.contiguous(), scales.contiguous()
-    lists = ([p.data_ptr() for p in params], [p.numel() for p in params], [DTYPES[p.dtype] for p in params])
+    lists = tensor_lists(params)
     directions = (seeds.data_ptr(), scales.data_ptr(), seeds.numel())
     table = _device_table(params[0].device, lists, directions)
     address = 0 if table is None else table.data_ptr()
@@ -131,10 +135,52 @@ def tt_factors(
 def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout, act: str, scale: float) -> torch.Tensor:
     """`x + scale * up(act(down(x)))`; see ops.tt_adapter."""
     x, factors = x.contiguous(), dense_rows(factors)
+    y, where = torch.empty_like(x), _where(x)
+    probes, tokens, _ = x.shape
+    # Few tokens are split over d: the parts of x L1 go through memory.
+    floats = _native.cuda_tt_adapter_scratch(probes, tokens, layout._encoded, where)
+    scratch = factors.new_empty(floats) if floats else None
+    _native.cuda_tt_adapter(
+        x.data_ptr(),
+        y.data_ptr(),
+        DTYPES[x.dtype],
+        probes,
+        tokens,
+        layout._encoded,
+        factors.data_ptr(),
+        factors.stride(0),
+        ACTS[act],
+        scale,
+        0 if scratch is None else scratch.data_ptr(),
+        where,
+    )
+    return y
+
+
+def tt_adapter_from_cores(
+    x: torch.Tensor,
+    theta: torch.Tensor,
+    layout: TTAdapterLayout,
+    seeds: torch.Tensor,
+    scales: torch.Tensor,
+    offset: int,
+    distribution: str,
+    act: str,
+    scale: float,
+) -> torch.Tensor:
+    """`tt_adapter(x, tt_factors(theta, ..), ..)` in one launch, with no factor in memory. No op calls it yet: it is
+    here to be measured against the two (benchmarks/bench_cuda.py).
+
+    Raises:
+        RuntimeError: the last input core of the map down, or what is behind the first output core of the map up, is no
+            multiple of 8 wide (4096 -> 64 is fine, 576 -> 64 is not), or the cores do not fit in a block's shared
+            memory.
+    """
+    x, theta, seeds, scales = x.contiguous(), theta.contiguous(), seeds.contiguous(), scales.contiguous()
     y = torch.empty_like(x)
-    sizes = (DTYPES[x.dtype], x.shape[0], x.shape[1], layout._encoded)
-    rest = (factors.data_ptr(), factors.stride(0), ACTS[act], scale, _where(x))
-    _native.cuda_tt_adapter(x.data_ptr(), y.data_ptr(), *sizes, *rest)
+    tokens = (x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], layout._encoded)
+    cores = (theta.data_ptr(), seeds.data_ptr(), scales.data_ptr(), offset, DISTRIBUTIONS[distribution])
+    _native.cuda_tt_adapter_from_cores(*tokens, *cores, ACTS[act], scale, _where(x))
     return y
 
 
@@ -161,6 +207,11 @@ def _low_rank(x, base, left, right, bias, scale):
     bias_ = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
     _native.cuda_low_rank(*data, probes, tokens, d_in, d_out, rank, *factors, *bias_, scale, _where(x))
     return y
+
+
+def tensor_lists(params: list[torch.Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Addresses, lengths and dtype codes of tensors, as the module takes lists."""
+    return [p.data_ptr() for p in params], [p.numel() for p in params], [DTYPES[p.dtype] for p in params]
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:

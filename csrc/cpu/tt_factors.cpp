@@ -1,4 +1,5 @@
-// tt_factors: out[p] = the contracted cores of theta + scales[p] z(seeds[p]); the perturbed copy stays in the cache.
+// tt_factors: out[a, p] = the contracted cores of adapter a of theta + scales[p] z(seeds[p]); the perturbed copy of one
+// adapter stays in the cache.
 #include "adazeta/tt.h"
 
 #include "levels.h"
@@ -71,12 +72,12 @@ struct MatrixOps {
 //
 // Making normals leaves the memory idle, and writing factors leaves the arithmetic idle: meanwhile the cache lines of
 // `out` are fetched, evenly spread over the groups of normals.
-float* perturb_copy(const TTFactorsParams& p, const Tiling& tiling, int64_t probe, float* buffer, const float* out,
-                    int64_t out_numel) {
+float* perturb_copy(const TTFactorsParams& p, const Tiling& tiling, const float* from, int64_t probe, float* buffer,
+                    const float* out, int64_t out_numel) {
   constexpr int64_t kMostAhead = 1 << 17;  // numbers; half a MiB stays in the cache until it is written
   const uint64_t base = tiling.range(0).base;
-  float* theta = buffer + (p.offset - base);
-  memcpy(theta, p.theta, tiling.numel * sizeof(float));
+  float* theta = buffer + (tiling.offset - base);
+  memcpy(theta, from, tiling.numel * sizeof(float));
   if (p.scales[probe] == 0.0f) return theta;
   const int step = p.distribution == Distribution::kGaussian ? kGroupWords : static_cast<int>(kTile);
   const int64_t ahead = out_numel < kMostAhead ? out_numel : kMostAhead;
@@ -99,16 +100,19 @@ float* perturb_copy(const TTFactorsParams& p, const Tiling& tiling, int64_t prob
 }  // namespace
 
 void tt_factors(const TTFactorsParams& p) {
-  const Tiling tiling{p.offset, theta_numel(p.layout)};
-  const int64_t copy_numel = tiling.count() * kTile, factors = factor_numel(p.layout);
-  const Scratch scratch(p.threads, copy_numel + 2 * factors_scratch(p.layout));
-  for_ranges(p.threads, p.probes, [&](int thread, int64_t first, int64_t last) {
+  const int64_t numel = theta_numel(p.layout), factors = factor_numel(p.layout);
+  const int64_t copy_numel = (numel / kTile + 2) * kTile;  // as many tiles as an adapter can touch
+  const FactorsScratch products = factors_scratch(p.layout);
+  const Scratch scratch(p.threads, copy_numel + products.halves * products.half);
+  for_ranges(p.threads, p.adapters * p.probes, [&](int thread, int64_t first, int64_t last) {
     const DefaultRounding rounding;
     float* buffer = scratch.of(thread);
     memset(buffer, 0, copy_numel * sizeof(float));
-    for (int64_t probe = first; probe < last; ++probe) {
-      float* out = p.out + probe * factors;
-      const float* theta = perturb_copy(p, tiling, probe, buffer, out, factors);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t begin = item / p.probes * numel;
+      const Tiling tiling{p.offset + static_cast<uint64_t>(begin), numel};
+      float* out = p.out + item * factors;
+      const float* theta = perturb_copy(p, tiling, p.theta + begin, item % p.probes, buffer, out, factors);
       contract_adapter(p.layout, theta, buffer + copy_numel, out, MatrixOps{});
     }
   });

@@ -17,10 +17,11 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_kernel(const __grid_cons
     const int64_t probe = tile / a.tiles.per_probe, token = tile % a.tiles.per_probe * kTokens;
     const int64_t left = p.tokens - token, row = probe * p.tokens + token;
     const int count = left < kTokens ? static_cast<int>(left) : kTokens;
-    project<kTokens>(p.x, row * p.d_in, count, p.left + probe * p.left_stride, p.d_in, p.rank, partial, h);
+    project<kTokens>(p.x, row * p.d_in, count, {0, p.d_in, p.d_in}, p.rank, partial, h, p.left + probe * p.left_stride);
     for (int i = threadIdx.x; i < kTokens * p.rank; i += kThreads) h[i / p.rank * kMaxRank + i % p.rank] *= p.scale;
     __syncthreads();
-    expand<kTokens>(p.base, p.y, row * p.d_out, count, h, p.right + probe * p.right_stride, p.d_out, p.rank,
+    expand<kTokens>(p.base, p.y, row * p.d_out, count, {0, p.d_out, p.d_out},
+                    {h, kMaxRank, p.right + probe * p.right_stride, p.d_out, p.rank},
                     p.bias == nullptr ? nullptr : p.bias + probe * p.bias_stride, p.scale);
     __syncthreads();  // nobody writes the next tile's h while this one's is read
   }

@@ -36,11 +36,16 @@ int cuda_perturb_rows(const PerturbRowsParams& p, CudaStream where);
 
 // Stores how many floats of device memory a block needs; 0 where its shared memory is enough.
 int cuda_tt_factors_scratch(const TTLayout& layout, CudaStream where, int64_t* floats);
-// Adapter a of `adapters` has theta[a n .. (a + 1) n), n = theta_numel, with indices from offset + a n on, and goes to
-// out [adapters, probes, factor_numel]. `scratch` holds adapters * probes times what a block needs, or is null.
-int cuda_tt_factors(const TTFactorsParams& p, int64_t adapters, float* scratch, CudaStream where);
+// `scratch` holds adapters * probes times what a block needs, or is null.
+int cuda_tt_factors(const TTFactorsParams& p, float* scratch, CudaStream where);
 
-int cuda_tt_adapter(const TTAdapterParams& p, CudaStream where);
+// Stores how many floats of device memory a call needs: some where few tokens are split over d, else 0.
+int cuda_tt_adapter_scratch(const TTAdapterParams& p, CudaStream where, int64_t* floats);
+int cuda_tt_adapter(const TTAdapterParams& p, float* scratch, CudaStream where);
+// tt_factors and tt_adapter in one launch, no factor touches memory. `cores` tells theta, layout, seeds and scales, one
+// for each of p's probes. cudaErrorInvalidValue where the last input core of the map down, or what is behind the first
+// output core of the map up, is no multiple of 8 wide, or either is the only one.
+int cuda_tt_adapter_from_cores(const TTAdapterParams& p, const TTFactorsParams& cores, CudaStream where);
 // tt_linear and low_rank_linear.
 int cuda_low_rank(const LowRankParams& p, CudaStream where);
 

@@ -1,7 +1,8 @@
 // Products of a few tokens of one probe with its factors, by all threads of a block; float32 sums.
 //
 // Threads divide the columns of x among them, so a block has work with one token as well as with many. A tile of
-// kTokens tokens shares every load of a factor.
+// kTokens tokens shares every load of a factor. Factors are in device memory, or expanded from what a block has in its
+// shared memory (tt_adapter_from_cores.cu).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,6 +38,30 @@ inline cudaError_t few_tokens(int device, int64_t probes, int64_t tokens, bool* 
   return error;
 }
 
+// The part of the columns 0 .. d - 1 that a block works on; `from` is a multiple of kGroup, `to` another one or d.
+struct Columns {
+  int64_t from, to, d;
+};
+
+// Parts of a token's columns, all of one size but the last.
+struct Split {
+  int parts;
+  int64_t size;
+  ADAZETA_HD Columns part(int64_t i, int64_t d) const { return {i * size, (i + 1) * size < d ? (i + 1) * size : d, d}; }
+};
+
+// One part where the tokens alone keep half of the processors busy or d is short; else enough for two a processor.
+inline cudaError_t split_columns(int device, int64_t tokens, int64_t d, Split* split) {
+  constexpr int64_t kSmallest = 512;  // columns of a part: 16 bytes of bfloat16 for every lane of two warps
+  int processors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t wanted = tokens == 0 ? 1 : 2 * processors / tokens, most = d / kSmallest;
+  const int64_t parts = wanted < most ? wanted : most;
+  split->size = parts < 2 ? d : ((d + parts - 1) / parts + kGroup - 1) / kGroup * kGroup;
+  split->parts = parts < 2 ? 1 : static_cast<int>((d + split->size - 1) / split->size);
+  return error;
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int mask = kWarpLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
@@ -63,23 +88,23 @@ __device__ __forceinline__ void load_left(const float* left, int64_t d, int rank
   }
 }
 
-// h[t * kMaxRank + j] <- sum_i x[t][i] left[i][j] for t < count; the first token begins at element `begin` of x.
-// Shared: h, and partial[kWarps * kTokens * kRanks]. Ends with a barrier. A rank above kRanks takes more passes over
-// the tile.
-template <int kTokens>
-__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, const float* left, int64_t d,
-                                        int rank, float* partial, float* h) {
+// h[t * kMaxRank + j] <- sum_i x[t][i] left[i][j] over the columns, for t < count; the first token begins at element
+// `begin` of x. load(c, first, l) does what load_left does. Shared: h, and partial[kWarps * kTokens * kRanks]. Ends
+// with a barrier. A rank above kRanks takes more passes over the tile.
+template <int kTokens, class Load>
+__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, Columns columns, int rank,
+                                        float* partial, float* h, const Load& load) {
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   for (int first = 0; first < rank; first += kRanks) {
     float sum[kTokens][kRanks] = {};
-    for (int64_t c = threadIdx.x * kGroup; c < d; c += kThreads * kGroup) {
+    for (int64_t c = columns.from + threadIdx.x * kGroup; c < columns.to; c += kThreads * kGroup) {
       float l[kGroup * kRanks];
-      load_left(left, d, rank, c, first, l);
+      load(c, first, l);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         if (t >= count) continue;
         float v[kGroup];
-        load_group_within(x.data, x.dtype, begin + t * d + c, begin + (t + 1) * d, v);
+        load_group_within(x.data, x.dtype, begin + t * columns.d + c, begin + (t + 1) * columns.d, v);
 #pragma unroll
         for (int i = 0; i < kGroup * kRanks; ++i) {
           sum[t][i % kRanks] = HardwareFma::apply(v[i / kRanks], l[i], sum[t][i % kRanks]);
@@ -102,19 +127,42 @@ __device__ __forceinline__ void project(const Tokens& x, int64_t begin, int coun
   }
 }
 
-// y[t] <- base[t] + (g[t] right + scale bias) for t < count, g being [kTokens, kMaxRank] in shared memory; the first
-// token begins at element `begin` of base and y. base and bias may be null.
+// The same with left (d, rank) in device memory.
 template <int kTokens>
-__device__ __forceinline__ void expand(const Tokens& base, const Tokens& y, int64_t begin, int count, const float* g,
-                                       const float* right, int64_t d, int rank, const float* bias, float scale) {
-  for (int64_t c = threadIdx.x * kGroup; c < d; c += kThreads * kGroup) {
+__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, Columns columns, int rank,
+                                        float* partial, float* h, const float* left) {
+  project<kTokens>(x, begin, count, columns, rank, partial, h, [&](int64_t c, int first, float (&l)[kGroup* kRanks]) {
+    load_left(left, columns.d, rank, c, first, l);
+  });
+}
+
+// Rows g and a factor `right` (rank, d) whose product is to be taken. Where inner < d, right is given as cores are: it
+// has `inner` columns, and column c of the product takes row c / inner of g's d / inner rows per token, and column
+// c % inner of right. inner is then a multiple of kGroup.
+struct Product {
+  const float* g;  // shared: token t has g[t * stride ..]
+  int stride;
+  const float* right;
+  int64_t inner;
+  int rank;
+};
+
+// y[t] <- base[t] + (g[t] right + scale bias) over the columns, for t < count; the first token begins at element
+// `begin` of base and y. base and bias may be null.
+template <int kTokens>
+__device__ __forceinline__ void expand(const Tokens& base, const Tokens& y, int64_t begin, int count, Columns columns,
+                                       const Product& product, const float* bias, float scale) {
+  const int64_t d = columns.d;
+  for (int64_t c = columns.from + threadIdx.x * kGroup; c < columns.to; c += kThreads * kGroup) {
+    const int row = static_cast<unsigned>(c) / static_cast<unsigned>(product.inner) * product.rank;
+    const int64_t column = static_cast<unsigned>(c) % static_cast<unsigned>(product.inner);
     float sum[kTokens][kGroup] = {};
-    for (int j = 0; j < rank; ++j) {
+    for (int j = 0; j < product.rank; ++j) {
       float r[kGroup];
-      load_group_within(right + j * d, Dtype::kFloat32, c, d, r);
+      load_group_within(product.right + j * product.inner, Dtype::kFloat32, column, product.inner, r);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float factor = g[t * kMaxRank + j];
+        const float factor = product.g[t * product.stride + row + j];
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) sum[t][i] = HardwareFma::apply(factor, r[i], sum[t][i]);
       }

@@ -1,8 +1,6 @@
 // tt_factors on a GPU: the contracted cores of theta + scales[p] z(seeds[p]), all adapters and probes in one launch. A
 // block perturbs the cores of one adapter at one probe into shared memory and contracts them there.
-#include "adazeta/tt.h"
-#include "cuda/group.h"
-#include "cuda/launch.h"
+#include "cuda/cores.h"
 
 namespace adazeta {
 namespace {
@@ -20,47 +18,24 @@ struct TTFactorsArguments {
 };
 static_assert(sizeof(TTFactorsArguments) <= 4096, "kernel parameters end at 4 KB");
 
-struct BlockOps {
-  __device__ __forceinline__ void copy(float* to, const float* from, int64_t n) const {
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) to[i] = from[i];
-    __syncthreads();
-  }
-  __device__ __forceinline__ void multiply(float* c, const float* a, const float* b, int64_t m, int depth,
-                                           int64_t n) const {
-    const unsigned columns = static_cast<unsigned>(n), numel = static_cast<unsigned>(m * n);
-    for (unsigned i = threadIdx.x; i < numel; i += kThreads) {
-      const unsigned row = i / columns, column = i % columns;
-      float sum = 0.0f;
-      for (int k = 0; k < depth; ++k) sum = HardwareFma::apply(a[row * depth + k], b[k * columns + column], sum);
-      c[i] = sum;
-    }
-    __syncthreads();
-  }
-};
-
-// blockIdx.x: probe, blockIdx.y: adapter.
+// blockIdx.x: adapter, blockIdx.y: probe.
 template <Distribution kDistribution>
 __global__ void __launch_bounds__(kThreads, 4) tt_factors_kernel(const __grid_constant__ TTFactorsArguments p) {
   ADAZETA_DYNAMIC_SHARED(shared);
   const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   float* moved = p.scratch == nullptr ? shared : p.scratch + block * p.scratch_block;
   const int64_t numel = theta_numel(p.layout);
-  const float* theta = p.theta + blockIdx.y * numel;
-  const uint64_t offset = p.offset + static_cast<uint64_t>(blockIdx.y * numel);
-  const uint64_t first = offset / kGroup, last = (offset + static_cast<uint64_t>(numel) - 1) / kGroup;
-  for (uint64_t g = first + threadIdx.x; g <= last; g += kThreads) {
-    const int64_t at = static_cast<int64_t>(g * kGroup - offset);
-    float acc[kGroup];
-    load_group_within(theta, Dtype::kFloat32, at, numel, acc);
-    add_direction_group<kDistribution>(p.seeds[blockIdx.x], p.scales[blockIdx.x], g * kGroup, acc);
-    store_group_within(moved, Dtype::kFloat32, at, numel, acc);
-  }
-  __syncthreads();
-  float* out = p.out + blockIdx.y * p.adapter_out + blockIdx.x * factor_numel(p.layout);
-  contract_adapter(p.layout, moved, moved + numel, out, BlockOps{});
+  const float* theta = p.theta + blockIdx.x * numel;
+  const uint64_t offset = p.offset + static_cast<uint64_t>(blockIdx.x * numel);
+  perturb_cores<kDistribution>(theta, numel, offset, p.seeds[blockIdx.y], p.scales[blockIdx.y], moved);
+  float* out = p.out + blockIdx.x * p.adapter_out + blockIdx.y * factor_numel(p.layout);
+  contract_adapter(p.layout, moved, moved + rounded_up_4(numel), out, BlockOps{});
 }
 
-int64_t block_floats(const TTLayout& layout) { return theta_numel(layout) + 2 * factors_scratch(layout); }
+int64_t block_floats(const TTLayout& layout) {
+  const FactorsScratch products = factors_scratch(layout);
+  return rounded_up_4(theta_numel(layout)) + products.halves * products.half;
+}
 
 }  // namespace
 
@@ -72,8 +47,8 @@ int cuda_tt_factors_scratch(const TTLayout& layout, CudaStream where, int64_t* f
   return error;
 }
 
-int cuda_tt_factors(const TTFactorsParams& p, int64_t adapters, float* scratch, CudaStream where) {
-  if (p.probes == 0 || adapters == 0) return cudaSuccess;
+int cuda_tt_factors(const TTFactorsParams& p, float* scratch, CudaStream where) {
+  if (p.probes == 0 || p.adapters == 0) return cudaSuccess;
   const DeviceGuard guard(where.device);
   if (guard.error() != cudaSuccess) return guard.error();
   const int64_t factors = factor_numel(p.layout);
@@ -95,7 +70,7 @@ int cuda_tt_factors(const TTFactorsParams& p, int64_t adapters, float* scratch, 
       arguments.seeds[i] = p.seeds[first + i];
       arguments.scales[i] = p.scales[first + i];
     }
-    const dim3 grid(static_cast<unsigned>(probes), static_cast<unsigned>(adapters));
+    const dim3 grid(static_cast<unsigned>(p.adapters), static_cast<unsigned>(probes));
     error = launch(kernel, grid, shared_bytes, where, arguments);
   }
   return error;

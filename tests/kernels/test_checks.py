@@ -95,6 +95,37 @@ def test_in_place_ops_reject_before_writing(case):
     assert torch.equal(t.detach(), torch.arange(4.0))
 
 
+def freed(*shape, begin=0):
+    """A tensor, `begin` elements into its storage, whose memory was given back: the shape stays."""
+    whole = torch.ones(begin + math.prod(shape))
+    view = whole[begin:].view(shape)
+    whole.untyped_storage().resize_(0)
+    return view
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_freed_memory_is_not_touched(backend):
+    t, b = torch.arange(4.0), {"backend": backend}
+    for begin in (0, 3):
+        gone = freed(5, begin=begin)
+        with pytest.raises(ValueError, match=r"fill_normal_: the memory of out of shape \(5,\) was freed"):
+            kernels.fill_normal_(gone, 1, **b)
+        with pytest.raises(ValueError, match=r"perturb_: the memory of tensor 0 of shape \(5,\) was freed"):
+            kernels.perturb_([gone], [1], [1.0], **b)
+        with pytest.raises(ValueError, match=r"the memory of tensor 2 of shape \(5,\) was freed"):
+            kernels.perturb_([t, torch.empty(0), gone, t.clone()], [1], [1.0], **b)
+    assert torch.equal(t, torch.arange(4.0))
+    x, left, right = torch.ones(1, 3, 24), torch.ones(1, 24, 2), torch.ones(1, 2, 5)
+    for name, call in {
+        "theta": lambda: kernels.tt_factors(freed(LAYOUT.numel), LAYOUT, [1], [1.0], **b),
+        "factors": lambda: kernels.tt_adapter(x, freed(1, LAYOUT.factor_numel), LAYOUT, **b),
+        "R": lambda: kernels.tt_linear(x, left, freed(1, 2, 5), **b),
+        "base": lambda: kernels.low_rank_linear(x, freed(1, 3, 5), left, right, **b),
+    }.items():
+        with pytest.raises(ValueError, match=f"the memory of {name} of shape"):
+            call()
+
+
 def test_raw_ops_check_as_well():
     t, seeds, scales = torch.zeros(4), torch.tensor([1]), torch.tensor([NAN])
     with pytest.raises(ValueError, match="got nan"):
@@ -159,6 +190,16 @@ FORWARD = [
     (factors_call(scales=torch.tensor([INF])), ValueError, r"got inf at position 0"),
     (factors_call(offset=2**63 - 1), ValueError, r"reaches beyond index 2\*\*63"),
     (factors_call(distribution="x"), ValueError, r"known are gaussian, rademacher"),
+    (factors_call(adapters=0), ValueError, r"adapters must be at least 1, got 0"),
+    (factors_call(adapters=1.0), TypeError, r"adapters must be an integer, got 1.0"),
+    (factors_call(adapters=True), TypeError, r"adapters must be an integer, got True"),
+    (factors_call(adapters=2), ValueError, rf"shape \({2 * LAYOUT.numel},\) for 2 adapters, got \({LAYOUT.numel},\)"),
+    (factors_call(torch.ones(2 * LAYOUT.numel)), ValueError, rf"theta must have shape \({LAYOUT.numel},\), got"),
+    (
+        factors_call(torch.ones(2 * LAYOUT.numel), adapters=2, offset=2**63 - LAYOUT.numel - 1),
+        ValueError,
+        r"reaches beyond index 2\*\*63",
+    ),
     (factors_call(backend="x"), ValueError, r"known are auto, native"),
     (adapter_call(torch.ones(3, 24)), ValueError, r"x must have shape \(P, T, d\), probes first, got \(3, 24\)"),
     (adapter_call(torch.ones(2, 3, 23)), ValueError, r"x has width 23, expected 24"),

@@ -26,11 +26,15 @@ CASES = {
     "perturb_empty": lambda: (OPS.perturb_, ([torch.ones(0), torch.ones(1)], SEEDS, SCALES, 0, 1.0, "gaussian", None)),
     "tt_factors": lambda: (
         OPS.tt_factors,
-        (torch.randn(LAYOUT.numel), LAYOUT.encode(), SEEDS, SCALES, 0, "gaussian", None),
+        (torch.randn(LAYOUT.numel), LAYOUT.encode(), SEEDS, SCALES, 0, None, "gaussian", None),
     ),
     "tt_factors_fp64": lambda: (
         OPS.tt_factors,
-        (torch.randn(LAYOUT.numel).double(), LAYOUT.encode(), SEEDS, SCALES, 0, "gaussian", None),
+        (torch.randn(LAYOUT.numel).double(), LAYOUT.encode(), SEEDS, SCALES, 0, None, "gaussian", None),
+    ),
+    "tt_factors_of_many": lambda: (
+        OPS.tt_factors,
+        (torch.randn(3 * LAYOUT.numel), LAYOUT.encode(), SEEDS, SCALES, 9, 3, "gaussian", None),
     ),
     "tt_adapter": lambda: (OPS.tt_adapter, (torch.randn(3, 4, 24), factors(), LAYOUT.encode(), "gelu", 0.5, None)),
     "tt_adapter_bf16": lambda: (
@@ -93,6 +97,15 @@ def test_lists_of_seeds_compile_too():
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for seeds in ([1, 2], [5, 2**63 + 1], [2**64 - 1, 0]):
         assert torch.equal(compiled(theta, seeds, [0.5, -1.0]), call(theta, seeds, [0.5, -1.0]))
+
+
+def test_factors_of_many_adapters_compile_too():
+    def call(theta):
+        return kernels.tt_factors(theta, LAYOUT, SEEDS, SCALES, adapters=2) * 2
+
+    theta = torch.randn(2 * LAYOUT.numel)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(theta), call(theta))
 
 
 def test_token_count_may_change_without_a_new_graph():

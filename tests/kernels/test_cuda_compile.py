@@ -30,6 +30,9 @@ REGISTERS = {
     "perturb_rows_kernel": 64,
     "tt_factors_kernel": 64,
     "tt_adapter_kernel": 168,
+    "tt_adapter_project_kernel": 128,
+    "tt_adapter_expand_kernel": 64,
+    "tt_adapter_from_cores_kernel": 128,
     "low_rank_kernel": 168,
 }
 

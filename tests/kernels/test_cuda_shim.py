@@ -147,6 +147,7 @@ def test_tt_factors_of_many_adapters_and_probes(cuda):
     layout = TTAdapterLayout.auto(24, 8, 2)
     theta, seeds, scales = torch.randn(2 * layout.numel), torch.arange(260), torch.randn(260)
     got = cuda.tt_factors(theta, layout, seeds, scales, 41, "gaussian", adapters=2)
+    assert got.shape == (2, 260, layout.factor_numel)
     for adapter, part in enumerate(theta.split(layout.numel)):
         one = cuda.tt_factors(part, layout, seeds, scales, 41 + adapter * layout.numel, "gaussian")
         assert torch.equal(got[adapter], one)
@@ -163,6 +164,75 @@ def test_tt_adapter(cuda, layout, dtype):
         y = cuda.tt_adapter(x, factors, layout, act, -0.7)
         oracle = reference.tt_adapter(x.double(), factors.double(), layout, act, -0.7)
         assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
+
+
+WIDE = {
+    "4096-r5": TTAdapterLayout.auto(4096, 64, 5),
+    "2048-r7-nobias": TTAdapterLayout.auto(2048, 24, 7, bias=False, shapes={"width": (4, 8, 64)}),
+    "1200-r2": TTAdapterLayout.auto(1200, 8, 2, shapes={"width": (5, 10, 24)}),
+}
+
+
+def adapter_case(layout, probes, tokens, dtype):
+    """x, theta, seeds, scales and the factors of a call."""
+    theta, seeds, scales = torch.randn(layout.numel) * 0.4, torch.arange(probes) - 2, torch.randn(probes) * 0.1
+    x = torch.randn(probes, tokens, layout.width).to(dtype)
+    return x, theta, seeds, scales, native.tt_factors(theta, layout, seeds, scales, 5, "gaussian")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_tt_adapter_of_few_tokens_is_split(cuda, module, name, dtype):
+    """The shim's device has two processors: one token is work for four blocks, two tokens for two each."""
+    layout = WIDE[name]
+    for probes, tokens, blocks in ((1, 1, 4), (2, 1, 4), (1, 2, 4), (1, 5, 0)):
+        floats = module.cuda_tt_adapter_scratch(probes, tokens, layout._encoded, (0, 0))
+        assert floats <= blocks * layout.down.bond and (floats > 0) == (blocks > 0)
+        x, *_, factors = adapter_case(layout, probes, tokens, dtype)
+        y = cuda.tt_adapter(x, factors, layout, "gelu", -0.7)
+        oracle = reference.tt_adapter(x.double(), factors.double(), layout, "gelu", -0.7)
+        assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, "gelu", -0.7), oracle)
+
+
+def test_a_split_call_without_scratch_raises(module):
+    layout, x, y = WIDE["4096-r5"], torch.zeros(4096), torch.full((4096,), 7.0)
+    factors = torch.zeros(layout.factor_numel)
+    pointers = (x.data_ptr(), y.data_ptr(), 0, 1, 1, layout._encoded, factors.data_ptr(), layout.factor_numel)
+    with pytest.raises(RuntimeError, match="tt_adapter on CUDA device 0: invalid argument"):
+        module.cuda_tt_adapter(*pointers, 0, 1.0, 0, (0, 0))
+    assert (y == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_tt_adapter_from_cores(cuda, name, dtype):
+    layout = WIDE[name]
+    cases = zip(checks.ACTS, ((1, 1), (5, 1), (2, 13), (2, 0), (1, 30)), ("gaussian", "rademacher") * 3)
+    for act, (probes, tokens), distribution in cases:
+        x, theta, seeds, scales, _ = adapter_case(layout, probes, tokens, dtype)
+        scales[0] = 0.0
+        y = cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 2**33 + 3, distribution, act, -0.7)
+        factors, exact = (
+            reference.tt_factors(t, layout, seeds, scales, 2**33 + 3, distribution) for t in (theta, theta.double())
+        )
+        oracle = reference.tt_adapter(x.double(), exact, layout, act, -0.7)
+        assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
+
+
+def test_tt_adapter_from_cores_of_many_probes(cuda):
+    """More probes than travel with one launch."""
+    layout = TTAdapterLayout.auto(64, 8, 2, shapes={"width": (8, 8)})
+    x, theta, seeds, scales, factors = adapter_case(layout, 260, 1, torch.float32)
+    y = cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 5, "gaussian", "tanh", 1.0)
+    oracle = reference.tt_adapter(x.double(), factors.double(), layout, "tanh", 1.0)
+    assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, "tanh", 1.0), oracle)
+
+
+def test_tt_adapter_from_cores_says_when_it_cannot(cuda):
+    for layout in (TTAdapterLayout.auto(576, 64, 5), TTAdapterLayout.auto(4096, 64, 32)):
+        x, theta, seeds, scales, _ = adapter_case(layout, 1, 1, torch.float32)
+        with pytest.raises(RuntimeError, match="tt_adapter_from_cores on CUDA device 0: (invalid arg|launch failure)"):
+            cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 0, "gaussian", "relu", 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -162,7 +162,7 @@ def test_threads_do_not_change_a_bit(level, tokens, dtype):
     probes = 5 if tokens > 1 else 40
     x, factors = adapter_inputs(layout, probes, tokens, dtype)
     x2, base, left, right, bias = low_rank_inputs(probes, tokens, 640, 5, 1800, dtype)
-    theta, seeds, scales = torch.randn(layout.numel), torch.arange(probes), torch.full((probes,), 0.1)
+    theta, seeds, scales = torch.randn(3 * layout.numel), torch.arange(probes), torch.full((probes,), 0.1)
     before = torch.get_num_threads()
     results = []
     try:
@@ -170,7 +170,7 @@ def test_threads_do_not_change_a_bit(level, tokens, dtype):
             torch.set_num_threads(threads)
             results.append(
                 [
-                    native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", level=level),
+                    native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", adapters=3, level=level),
                     native.tt_adapter(x, factors, layout, "gelu", 0.5, level=level),
                     native.tt_linear(x2, left, right, bias, level=level),
                     native.low_rank_linear(x2, base, left, right, 0.5, level=level),
@@ -214,12 +214,13 @@ def test_nothing_is_written_beyond_the_result(level, tokens, dtype):
     )
     assert torch.equal(y.view_as(x), native.tt_adapter(x, factors, layout, "relu", 1.0, level=level))
     assert (guarded[:64] == 7).all() and (guarded[-64:] == 7).all()
-    guarded = torch.full((2 * layout.factor_numel + 128,), 7.0)
-    theta, seeds, scales = torch.randn(layout.numel), torch.arange(2), torch.ones(2)
+    guarded = torch.full((6 * layout.factor_numel + 128,), 7.0)
+    theta, seeds, scales = torch.randn(3 * layout.numel), torch.arange(2), torch.ones(2)
     _native.tt_factors(
         theta.data_ptr(),
         guarded[64:].data_ptr(),
         layout._encoded,
+        3,
         seeds.data_ptr(),
         scales.data_ptr(),
         2,
@@ -228,7 +229,7 @@ def test_nothing_is_written_beyond_the_result(level, tokens, dtype):
         threads,
         level,
     )
-    expected = native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", level=level)
+    expected = native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", adapters=3, level=level)
     assert torch.equal(guarded[64:-64].view_as(expected), expected)
     assert (guarded[:64] == 7).all() and (guarded[-64:] == 7).all()
 

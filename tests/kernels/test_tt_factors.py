@@ -111,6 +111,33 @@ def test_each_probe_is_what_it_is_alone(layout):
         assert (together[probe] - alone[0]).abs().max() <= 1e-6 * alone.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_many_adapters_have_the_bits_of_single_calls(layout, backend, distribution):
+    options = {"distribution": distribution, "backend": backend}
+    theta, offset = torch.randn(3 * layout.numel) * 0.3, 2**34 - 2 * layout.numel + 3
+    factors = tt_factors(theta, layout, SEEDS, SCALES, offset=offset, adapters=3, **options)
+    assert factors.shape == (3, 4, layout.factor_numel) and factors.is_contiguous()
+    for adapter, part in enumerate(theta.split(layout.numel)):
+        alone = tt_factors(part, layout, SEEDS, SCALES, offset=offset + adapter * layout.numel, **options)
+        assert torch.equal(factors[adapter], alone)
+
+
+def test_one_adapter_of_many_is_an_adapter():
+    layout = LAYOUTS["rank1"]
+    theta = theta_for(layout)
+    alone = tt_factors(theta, layout, SEEDS, SCALES)
+    assert torch.equal(tt_factors(theta, layout, SEEDS, SCALES, adapters=1), alone[None])
+
+
+def test_many_adapters_in_float64():
+    layout = LAYOUTS["nobias"]
+    theta = torch.randn(2 * layout.numel, dtype=torch.float64)
+    factors = tt_factors(theta, layout, SEEDS, SCALES, offset=7, adapters=2)
+    alone = tt_factors(theta[layout.numel :], layout, SEEDS, SCALES, offset=7 + layout.numel)
+    assert factors.dtype == torch.float64 and torch.equal(factors[1], alone)
+
+
 def test_seed_tensors_and_lists_are_the_same():
     layout = LAYOUTS["576x64"]
     theta = theta_for(layout)
@@ -153,6 +180,8 @@ def test_gradient_flows_to_theta_at_the_perturbed_point():
     layout = TTAdapterLayout.auto(12, 8, 2)
     theta = theta_for(layout, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: tt_factors(t, layout, [1, 2], [0.0, 0.3]), theta)
+    twice = torch.cat([theta.detach()] * 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: tt_factors(t, layout, [1, 2], [0.0, 0.3], adapters=2), twice)
     theta32 = theta.detach().float().requires_grad_()
     recorded = tt_factors(theta32, layout, [1, 2], [0.0, 0.3])
     assert recorded.requires_grad

@@ -75,11 +75,12 @@ struct TTLayout {
   bool bias;
 };
 
-// out[p] = the factors of theta + scales[p] z(seeds[p]), element i of theta having index offset + i.
+// out[a, p] = the factors of adapter a of theta + scales[p] z(seeds[p]), element i of theta having index offset + i.
 struct TTFactorsParams {
-  const float* theta;
-  float* out;  // [probes, factor_numel]
+  const float* theta;  // [adapters, theta_numel]
+  float* out;          // [adapters, probes, factor_numel]
   TTLayout layout;
+  int64_t adapters;
   const uint64_t* seeds;
   const float* scales;
   int64_t probes;

@@ -55,7 +55,7 @@ ADAZETA_HD int64_t factor_numel(const TTLayout& layout) {
 // Contracts cores first .. last - 1 of `map` from the right, so that rows stay long: out has shape
 // (ranks[first] dims[first], .., dims[last - 1] ranks[last]). `ops.multiply(c, a, b, m, k, n)` is c = a b for row-major
 // (m, k) and (k, n), `ops.copy(to, from, n)` a copy; on a GPU both end with a barrier of the block. `scratch` holds
-// twice chain_scratch() numbers.
+// chain_halves() times scratch_half numbers, which is at least chain_scratch().
 template <class Ops>
 ADAZETA_HD void contract_chain(const TTMap& map, int first, int last, const float* cores, float* scratch,
                                int64_t scratch_half, float* out, const Ops& ops) {
@@ -66,7 +66,7 @@ ADAZETA_HD void contract_chain(const TTMap& map, int first, int last, const floa
     return;
   }
   for (int k = last - 2; k >= first; --k) {
-    float* target = k == first ? out : scratch + ((k - first) & 1) * scratch_half;
+    float* target = k == first ? out : scratch + ((last - k) & 1) * scratch_half;
     const int64_t rows = static_cast<int64_t>(map.ranks[k]) * map.dims[k];
     ops.multiply(target, cores + core_begin(map, k), right, rows, map.ranks[k + 1], columns);
     right = target;
@@ -74,7 +74,13 @@ ADAZETA_HD void contract_chain(const TTMap& map, int first, int last, const floa
   }
 }
 
-// Numbers in the largest intermediate product of contract_chain.
+// Intermediate products of contract_chain that exist at one time.
+ADAZETA_HD int chain_halves(int first, int last) {
+  const int products = last - first - 2;
+  return products < 0 ? 0 : products < 2 ? products : 2;
+}
+
+// Numbers in the largest of them.
 ADAZETA_HD int64_t chain_scratch(const TTMap& map, int first, int last) {
   int64_t most = 0, columns = map.ranks[last];
   for (int k = last - 1; k > first; --k) {
@@ -85,14 +91,22 @@ ADAZETA_HD int64_t chain_scratch(const TTMap& map, int first, int last) {
   return most;
 }
 
-ADAZETA_HD int64_t factors_scratch(const TTLayout& layout) {
-  int64_t most = 0;
+// The room contract_adapter needs: `halves` times `half` numbers. A multiple of 4, so that all halves are aligned.
+struct FactorsScratch {
+  int64_t half;
+  int halves;
+};
+ADAZETA_HD FactorsScratch factors_scratch(const TTLayout& layout) {
+  FactorsScratch most{0, 0};
   for (int m = 0; m < 2; ++m) {
     const TTMap& map = m == 0 ? layout.down : layout.up;
-    const int64_t left = chain_scratch(map, 0, map.in_count);
-    const int64_t right = chain_scratch(map, map.in_count, core_count(map));
-    most = left > most ? left : most;
-    most = right > most ? right : most;
+    for (int side = 0; side < 2; ++side) {
+      const int first = side == 0 ? 0 : map.in_count, last = side == 0 ? map.in_count : core_count(map);
+      const int64_t half = (chain_scratch(map, first, last) + 3) / 4 * 4;
+      const int halves = chain_halves(first, last);
+      most.half = half > most.half ? half : most.half;
+      most.halves = halves > most.halves ? halves : most.halves;
+    }
   }
   return most;
 }
@@ -102,7 +116,7 @@ ADAZETA_HD int64_t factors_scratch(const TTLayout& layout) {
 template <class Ops>
 ADAZETA_HD void contract_adapter(const TTLayout& layout, const float* theta, float* scratch, float* out,
                                  const Ops& ops) {
-  const int64_t scratch_half = factors_scratch(layout);
+  const int64_t scratch_half = factors_scratch(layout).half;
   for (int m = 0; m < 2; ++m) {
     const TTMap& map = m == 0 ? layout.down : layout.up;
     contract_chain(map, 0, map.in_count, theta, scratch, scratch_half, out, ops);
