@@ -113,8 +113,8 @@ def perturb_(
     Raises:
         TypeError: `params` is no list of tensors of a dtype above; seeds, scales, offset or decay of a wrong type.
         ValueError: an empty list; a tensor that is not contiguous, was freed, shares memory, lies on another device, or
-            requires grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or decay
-            that is not finite; an unknown distribution.
+            requires grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or
+            decay that is not finite; an unknown distribution.
 
     Numerics:
         The sum is a chain of fused multiply-adds in float32, in the order of the list, rounded once to the dtype.

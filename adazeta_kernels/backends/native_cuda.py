@@ -50,7 +50,7 @@ def perturb_(
 ) -> None:
     """theta <- decay theta + sum_j scales[j] z(seeds[j]) in one launch, however many tensors and seeds there are.
 
-    Up to 112 tensors and 64 seeds travel with the launch. Longer lists go ahead of it, on the same stream, as a table in
+    Up to 112 tensors and 64 seeds travel with the launch. Longer lists go ahead of it on the same stream, as a table in
     device memory of torch's allocator: one copy from pinned memory, which does not wait.
 
     Raises:
