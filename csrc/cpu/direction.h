@@ -1,7 +1,8 @@
-// Stretches of a direction, 16 blocks at a time, so that loops over lanes vectorise.
+// Stretches of a direction: a group is kGroupBlocks Philox blocks, made together.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "adazeta/normal.h"
 #include "adazeta/philox.h"
@@ -16,88 +17,138 @@ using LevelFma = HardwareFma;
 using LevelFma = SoftwareFma;
 #endif
 
-constexpr int kGroupBlocks = 16;               // blocks generated together
-constexpr int kGroupWords = 4 * kGroupBlocks;  // a word is a Gaussian element, or 32 Rademacher ones
+#if defined(ADAZETA_SIMD_BYTES)
 
-#if defined(ADAZETA_SIMD_LANES)
+constexpr int kGroupBlocks = kWide * kBlocks;
 
-// Words of kLanes blocks: 0 and 2 of each block to `even`, 1 and 3 to `odd`. Lane 2j holds block j and lane 2j + 1
-// block j + kLanes / 2: the order that store_interleaved turns into element order.
-ADAZETA_HD void philox_lanes(uint64_t seed, uint64_t first_block, uint32_t* even, uint32_t* odd) {
-  static constexpr uint64_t kOrder8[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-  static constexpr uint64_t kOrder4[4] = {0, 2, 1, 3};
-  const Lanes m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
-  // first_block is a multiple of kLanes, so adding a lane number never carries into the high word.
-  Lanes c0 = add_lanes(broadcast(first_block & 0xffffffffu), load_lanes(kLanes == 8 ? kOrder8 : kOrder4));
-  Lanes c1 = broadcast(first_block >> 32), c2 = broadcast(kStreamDirection), c3 = broadcast(0);
+// Words 0 and 2 of each block, in order, to `even`, words 1 and 3 to `odd`: lane i is the pair that makes the Gaussian
+// elements 2i and 2i + 1. first_block is a multiple of kGroupBlocks.
+ADAZETA_HD void philox_group(uint64_t seed, uint64_t first_block, WideWords& even, WideWords& odd) {
+  static_assert(kStreamDirection == 0, "the first two rounds count on zeros in half of the counter");
+  constexpr uint64_t kCount[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  PairRegister count, c0[kWide], c1[kWide], c2[kWide], c3[kWide];
+  memcpy(&count, kCount, sizeof(count));
+  const PairRegister m0 = broadcast(kPhiloxM0), m1 = broadcast(kPhiloxM1);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const Lanes p0 = multiply_low_halves(m0, c0), p1 = multiply_low_halves(m1, c2);
-    c0 = xor3(high_half(p1), c1, broadcast(k0));
-    c2 = xor3(high_half(p0), c3, broadcast(k1));
-    c1 = p1;
-    c3 = p0;
+  const auto next_key = [&] {
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
+  };
+  // Round 1: with c2 = c3 = 0 the second product is 0, and c0 becomes the same in all lanes. No block number carries
+  // into its upper word, as first_block is a multiple.
+  for (int i = 0; i < kWide; ++i) {
+    const PairRegister block = broadcast((first_block & 0xffffffffu) + static_cast<uint64_t>(i * kBlocks)) + count;
+    c3[i] = multiply_low_halves(m0, block);
+    c2[i] = high_half(c3[i]) ^ broadcast(k1);
   }
-  store_merged(even, c0, c2);
-  store_merged(odd, c1, c3);
+  const uint64_t product = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(first_block >> 32) ^ k0);
+  // Round 2: the first product is the same in all lanes.
+  next_key();
+  for (int i = 0; i < kWide; ++i) {
+    c1[i] = multiply_low_halves(m1, c2[i]);
+    c0[i] = high_half(c1[i]) ^ broadcast(k0);
+    c2[i] = c3[i] ^ broadcast((product >> 32) ^ k1);
+  }
+  // Round 3: c3 is the same in all lanes.
+  next_key();
+  for (int i = 0; i < kWide; ++i) {
+    c3[i] = multiply_low_halves(m0, c0[i]);
+    const PairRegister p1 = multiply_low_halves(m1, c2[i]);
+    c0[i] = xor3(high_half(p1), c1[i], broadcast(k0));
+    c2[i] = high_half(c3[i]) ^ broadcast(static_cast<uint32_t>(product) ^ k1);
+    c1[i] = p1;
+  }
+#pragma GCC unroll 6
+  for (int round = 4; round < 10; ++round) {
+    next_key();
+    for (int i = 0; i < kWide; ++i) {
+      const PairRegister p0 = multiply_low_halves(m0, c0[i]), p1 = multiply_low_halves(m1, c2[i]);
+      c0[i] = xor3(high_half(p1), c1[i], broadcast(k0));
+      c2[i] = xor3(high_half(p0), c3[i], broadcast(k1));
+      c1[i] = p1;
+      c3[i] = p0;
+    }
+  }
+  // Round 10 on merged halves.
+  next_key();
+  const PairRegister key = broadcast(k0 | static_cast<uint64_t>(k1) << 32);
+  for (int i = 0; i < kWide; ++i) {
+    const PairRegister p0 = multiply_low_halves(m0, c0[i]), p1 = multiply_low_halves(m1, c2[i]);
+    even.r[i] = (WordRegister)xor3(merge_high(p1, p0), merge_low(c1[i], c3[i]), key);
+    odd.r[i] = (WordRegister)merge_low(p1, p0);
+  }
 }
 
-ADAZETA_HD void philox_even_odd(uint64_t seed, uint64_t first_block, uint32_t* even, uint32_t* odd) {
-  for (int i = 0; i < kGroupBlocks; i += kLanes) philox_lanes(seed, first_block + i, even + 2 * i, odd + 2 * i);
+// Calls emit(place, register) with the group's words, or Gaussian elements, kLanes at a time in order.
+template <class Emit>
+ADAZETA_HD void words_group(uint64_t seed, uint64_t first_block, Emit emit) {
+  WideWords even, odd;
+  philox_group(seed, first_block, even, odd);
+  for (int i = 0; i < kWide; ++i) {
+    WordRegister low, high;
+    interleave(even.r[i], odd.r[i], &low, &high);
+    emit(2 * i * kLanes, low);
+    emit((2 * i + 1) * kLanes, high);
+  }
 }
 
-ADAZETA_HD void interleave(void* out, const void* even, const void* odd) {
-  char* to = static_cast<char*>(out);
-  const char *a = static_cast<const char*>(even), *b = static_cast<const char*>(odd);
-  for (int i = 0; i < kGroupWords / 2; i += 2 * kLanes) store_interleaved(to + 8 * i, a + 4 * i, b + 4 * i);
+template <class Emit>
+ADAZETA_HD void gaussian_group(uint64_t seed, uint64_t first_block, Emit emit) {
+  WideWords even, odd;
+  philox_group(seed, first_block, even, odd);
+  const NormalPairOf<WideLanes> pair = normal_pair_of<WideLanes>(even, odd);
+  for (int i = 0; i < kWide; ++i) {
+    FloatRegister low, high;
+    interleave(pair.z0.r[i], pair.z1.r[i], &low, &high);
+    emit(2 * i * kLanes, low);
+    emit((2 * i + 1) * kLanes, high);
+  }
 }
 
 #else
 
-ADAZETA_HD void philox_even_odd(uint64_t seed, uint64_t first_block, uint32_t* even, uint32_t* odd) {
+// Loops over blocks and pairs, for the compiler to vectorise.
+constexpr int kGroupBlocks = 16;
+using WordRegister = uint32_t;
+using FloatRegister = float;
+
+template <class Emit>
+ADAZETA_HD void words_group(uint64_t seed, uint64_t first_block, Emit emit) {
   for (int i = 0; i < kGroupBlocks; ++i) {
-    const Words w = philox(seed, first_block + i);
-    even[2 * i] = w.w0;
-    odd[2 * i] = w.w1;
-    even[2 * i + 1] = w.w2;
-    odd[2 * i + 1] = w.w3;
+    const Words words = philox(seed, first_block + i);
+    emit(4 * i, words.w0);
+    emit(4 * i + 1, words.w1);
+    emit(4 * i + 2, words.w2);
+    emit(4 * i + 3, words.w3);
   }
 }
 
-ADAZETA_HD void interleave(void* out, const void* even, const void* odd) {
-  char* to = static_cast<char*>(out);
-  const char *a = static_cast<const char*>(even), *b = static_cast<const char*>(odd);
-  for (int i = 0; i < kGroupWords / 2; ++i) {
-    memcpy(to + 8 * i, a + 4 * i, 4);
-    memcpy(to + 8 * i + 4, b + 4 * i, 4);
-  }
-}
-
-#endif
-
-// The words of kGroupBlocks blocks in order; first_block is a multiple of kGroupBlocks.
-ADAZETA_HD void words_group(uint64_t seed, uint64_t first_block, uint32_t* __restrict words) {
-  alignas(64) uint32_t even[kGroupWords / 2], odd[kGroupWords / 2];
-  philox_even_odd(seed, first_block, even, odd);
-  interleave(words, even, odd);
-}
-
-// The Gaussian elements of kGroupBlocks blocks.
-ADAZETA_HD void gaussian_group(uint64_t seed, uint64_t first_block, float* __restrict z) {
-  constexpr int n = kGroupWords / 2;
+template <class Emit>
+ADAZETA_HD void gaussian_group(uint64_t seed, uint64_t first_block, Emit emit) {
+  constexpr int n = 2 * kGroupBlocks;
   alignas(64) uint32_t even[n], odd[n];
   alignas(64) float z0[n], z1[n];
-  philox_even_odd(seed, first_block, even, odd);
+  for (int i = 0; i < kGroupBlocks; ++i) {
+    const Words words = philox(seed, first_block + i);
+    even[2 * i] = words.w0;
+    odd[2 * i] = words.w1;
+    even[2 * i + 1] = words.w2;
+    odd[2 * i + 1] = words.w3;
+  }
   for (int i = 0; i < n; ++i) {
     const NormalPair pair = normal_pair<LevelFma>(even[i], odd[i]);
     z0[i] = pair.z0;
     z1[i] = pair.z1;
   }
-  interleave(z, z0, z1);
+  for (int i = 0; i < n; ++i) {
+    emit(2 * i, z0[i]);
+    emit(2 * i + 1, z1[i]);
+  }
 }
+
+#endif
+
+constexpr int kGroupWords = 4 * kGroupBlocks;  // a word is a Gaussian element, or 32 Rademacher ones
 
 }  // namespace
 }  // namespace adazeta

@@ -20,8 +20,9 @@ void fill_normal(const FillNormalParams& p) {
         add_direction(tile, range, p.seed, 1.0f, p.distribution);
       } else {
         // Written, not added to zeros: adding would lose the sign of a zero.
-        for (int g = range.first / kGroupWords; g < (range.last + kGroupWords - 1) / kGroupWords; ++g) {
-          gaussian_group(p.seed, (range.base >> 2) + g * kGroupBlocks, tile + g * kGroupWords);
+        for (int g = range.first / kGroupWords; g * kGroupWords < range.last; ++g) {
+          gaussian_group(p.seed, range.base / 4 + g * kGroupBlocks,
+                         [&](int place, FloatRegister z) { memcpy(tile + g * kGroupWords + place, &z, sizeof(z)); });
         }
       }
       store(p.out.data, p.out.dtype, tiling.position(range), range.last - range.first, tile + range.first);

@@ -10,6 +10,7 @@
 #include "adazeta/dtype.h"
 #include "adazeta/params.h"
 #include "direction.h"
+#include "vec.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -18,7 +19,8 @@
 namespace adazeta {
 namespace {
 
-constexpr int64_t kTile = 2048;  // one group of Rademacher blocks, 32 groups of Gaussian ones
+constexpr int64_t kTile = 4096;  // at least one group of Rademacher blocks, and a few of Gaussian ones
+static_assert(kTile % (32 * kGroupWords) == 0, "a tile is a whole number of groups");
 
 // Subnormals are kept even where the calling thread flushes them (torch.set_flush_denormal).
 class DefaultRounding {
@@ -55,26 +57,60 @@ struct Tiling {
   int64_t position(const TileRange& range) const { return static_cast<int64_t>(range.base + range.first - offset); }
 };
 
+// tile[i] <- tile[i] + scale, or - scale where bit i of the word is clear, for 32 elements.
+ADAZETA_HD void add_signs(float* __restrict tile, uint32_t word, float scale) {
+#if ADAZETA_SIMD_BYTES == 64
+  const __m512 plus = _mm512_set1_ps(scale), minus = _mm512_set1_ps(-scale);
+  const __m512 low = _mm512_mask_blend_ps(static_cast<__mmask16>(word), minus, plus);
+  const __m512 high = _mm512_mask_blend_ps(static_cast<__mmask16>(word >> 16), minus, plus);
+  store(tile, _mm512_add_ps(load(tile), low));
+  store(tile + 16, _mm512_add_ps(load(tile + 16), high));
+#else
+  const uint32_t minus = bit_cast<uint32_t>(scale) ^ 0x80000000u;
+  for (int i = 0; i < 32; ++i) tile[i] += bit_cast<float>(minus ^ (((word >> i) & 1u) << 31));
+#endif
+}
+
 // tile <- fma(scale, z(seed), tile) on whole groups of blocks around the range; elements outside it are scratch.
 ADAZETA_HD void add_direction(float* __restrict tile, const TileRange& range, uint64_t seed, float scale,
                               Distribution distribution) {
   if (distribution == Distribution::kRademacher) {
-    alignas(64) uint32_t words[kGroupWords];
-    words_group(seed, range.base / 128, words);
-    const uint32_t minus = bit_cast<uint32_t>(scale) ^ 0x80000000u;
-    for (int w = range.first / 32; w < (range.last + 31) / 32; ++w) {
-      float* acc = tile + 32 * w;
-      // z is +-1, so fma(scale, z, acc) is acc +- scale.
-      for (int i = 0; i < 32; ++i) acc[i] += bit_cast<float>(minus ^ (((words[w] >> i) & 1u) << 31));
+    // z is +-1, so fma(scale, z, acc) is acc +- scale.
+    constexpr int kGroupSigns = 32 * kGroupWords;
+    for (int g = range.first / kGroupSigns; g * kGroupSigns < range.last; ++g) {
+      alignas(64) uint32_t words[kGroupWords];
+      words_group(seed, range.base / 128 + g * kGroupBlocks,
+                  [&](int place, WordRegister w) { memcpy(words + place, &w, sizeof(w)); });
+      float* acc = tile + g * kGroupSigns;
+      const int end = range.last - g * kGroupSigns;
+      for (int w = 0; w < kGroupWords && 32 * w < end; ++w) add_signs(acc + 32 * w, words[w], scale);
     }
     return;
   }
-  for (int g = range.first / kGroupWords; g < (range.last + kGroupWords - 1) / kGroupWords; ++g) {
-    alignas(64) float z[kGroupWords];
-    float* acc = tile + kGroupWords * g;
-    gaussian_group(seed, (range.base >> 2) + g * kGroupBlocks, z);
-    for (int i = 0; i < kGroupWords; ++i) acc[i] = LevelFma::apply(scale, z[i], acc[i]);
+  for (int g = range.first / kGroupWords; g * kGroupWords < range.last; ++g) {
+    float* acc = tile + g * kGroupWords;
+    gaussian_group(seed, range.base / 4 + g * kGroupBlocks, [&](int place, FloatRegister z) {
+#if defined(ADAZETA_SIMD_BYTES)
+      store(acc + place, fma(scale - FloatRegister{}, z, load(acc + place)));
+#else
+      acc[place] = LevelFma::apply(scale, z, acc[place]);
+#endif
+    });
   }
+}
+
+template <class Half>
+ADAZETA_HD void widen(float* __restrict to, const Half* from, int n) {
+  int i = 0;
+  for (; i + kVec <= n; i += kVec) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i, n - i), n - i);
+}
+
+template <class Half>
+ADAZETA_HD void narrow(Half* to, const float* __restrict from, int n) {
+  int i = 0;
+  for (; i + kVec <= n; i += kVec) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i, n - i), n - i);
 }
 
 // to[i] <- decay from[i] in float32; exact when decay is 1.
@@ -82,11 +118,9 @@ ADAZETA_HD void load(float* __restrict to, const void* from, Dtype dtype, int64_
   if (dtype == Dtype::kFloat32) {
     memcpy(to, static_cast<const float*>(from) + begin, n * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {
-    const uint16_t* half = static_cast<const uint16_t*>(from) + begin;
-    for (int i = 0; i < n; ++i) to[i] = from_bfloat16(half[i]);
+    widen(to, static_cast<const BFloat16*>(from) + begin, n);
   } else {
-    const uint16_t* half = static_cast<const uint16_t*>(from) + begin;
-    for (int i = 0; i < n; ++i) to[i] = from_float16(half[i]);
+    widen(to, static_cast<const Float16*>(from) + begin, n);
   }
   if (decay != 1.0f) {
     for (int i = 0; i < n; ++i) to[i] *= decay;
@@ -98,11 +132,9 @@ ADAZETA_HD void store(void* to, Dtype dtype, int64_t begin, int n, const float* 
   if (dtype == Dtype::kFloat32) {
     memcpy(static_cast<float*>(to) + begin, from, n * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {
-    uint16_t* half = static_cast<uint16_t*>(to) + begin;
-    for (int i = 0; i < n; ++i) half[i] = to_bfloat16(from[i]);
+    narrow(static_cast<BFloat16*>(to) + begin, from, n);
   } else {
-    uint16_t* half = static_cast<uint16_t*>(to) + begin;
-    for (int i = 0; i < n; ++i) half[i] = to_float16(from[i]);
+    narrow(static_cast<Float16*>(to) + begin, from, n);
   }
 }
 
