@@ -14,6 +14,8 @@ import torch
 
 from adazeta_kernels import perturb_
 
+from .factors import FactorGroups
+
 #: Tokens per forward when the caller does not say. On a CPU rows get little cheaper above 256 tokens, and 384 keep the
 #: activations of an estimate within a few MiB of those of the frozen model.
 TOKENS_PER_FORWARD = {"cpu": 384, "default": 65536}
@@ -113,15 +115,19 @@ def default_probes_per_forward(plan: Plan, batch: Mapping[str, Any]) -> int:
 
 @contextmanager
 def probing(tt_model, probes: Probes) -> Iterator[None]:
-    """Let every adapted layer of ``tt_model`` evaluate ``probes``; dimension 0 of all inputs is then probe-major."""
+    """Let every adapted layer of ``tt_model`` evaluate ``probes``; dimension 0 of all inputs is then probe-major.
+
+    Meanwhile theta must not change. Meant for ``torch.no_grad``: nothing is recorded for autograd.
+    """
     layers = [layer for _, layer in tt_model.tt_layers(probes.adapter)]
+    groups = FactorGroups(layers, probes, tt_model.theta(probes.adapter))
     for layer in layers:
-        layer.probes = probes
+        layer.probes, layer.factor_groups = probes, groups
     try:
         yield
     finally:
         for layer in layers:
-            layer.probes = None
+            layer.probes = layer.factor_groups = None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from torch import nn
 
 from adazeta_kernels import TTAdapterLayout, tt_adapter, tt_factors
 
+from ..factors import FactorGroups
 from ..probe_tokens import ProbeTokens
 from ..probes import Probes
 
@@ -33,7 +34,9 @@ class TTLayer(nn.Module, BaseTunerLayer):
         self.scale: dict[str, float] = {}
         self.positions: dict[str, str] = {}
         self.offset: dict[str, int] = {}
-        self.probes: Probes | None = None  # set only inside adazeta.probes.probing()
+        # Set only inside adazeta.probes.probing().
+        self.probes: Probes | None = None
+        self.factor_groups: FactorGroups | None = None
         self.focus: torch.Tensor | ProbeTokens | None = None  # set only inside adazeta.probe_tokens.focused()
         self._disable_adapters = False
         self.merged_adapters = []
@@ -82,7 +85,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
 
     def _adapt_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Apply the adapter to every token of ``x``, dimension 0 probe-major where probes are active."""
-        theta, layout = self.tt_theta[name], self.layout[name]
+        layout = self.layout[name]
         probes = self.probes if self.probes is not None and self.probes.adapter == name else None
         count = 1 if probes is None else len(probes)
         if x.shape[0] % count:
@@ -91,16 +94,9 @@ class TTLayer(nn.Module, BaseTunerLayer):
                 "probe-major and a multiple of the number of probes"
             )
         if probes is None:  # theta itself; differentiable in grad mode, for comparison with first-order training
-            factors = tt_factors(theta, layout, *_AT_THETA)
+            factors = tt_factors(self.tt_theta[name], layout, *_AT_THETA)
         else:
-            factors = tt_factors(
-                theta,
-                layout,
-                probes.seeds,
-                probes.scales,
-                offset=self.offset[name],
-                distribution=probes.distribution,
-            )
+            factors = self.factor_groups.of(self)
         y = tt_adapter(x.reshape(count, -1, x.shape[-1]), factors, layout, act=self.act[name], scale=self.scale[name])
         return y.reshape(x.shape)
 
