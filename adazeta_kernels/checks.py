@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import index
+from operator import attrgetter, index
 
 import torch
 
@@ -24,6 +24,12 @@ _MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def is_tensor(op: str, name: str, value) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def are_tensors(op: str, name: str, values: list) -> None:
+    if not set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}:
+        for position, value in enumerate(values):
+            is_tensor(op, f"{name}[{position}]", value)
 
 
 def is_layout(op: str, value) -> None:
@@ -119,9 +125,27 @@ def finite_scales(op: str, scales: torch.Tensor) -> None:
             raise ValueError(f"{op}: scales must be finite in float32, got {value} at position {position}")
 
 
+def writable_list(op: str, params: list[torch.Tensor], start: int) -> list[torch.Tensor]:
+    """The tensors, all of which can be written and share no memory; read by C++ where that can, in a tenth of the time."""
+    from adazeta_kernels.backends import native  # not at import, which stays free of the extension
+
+    plain = native.plain_tensors(params)
+    if plain is None:
+        writable(op, params, start)
+        no_overlap(op, params)
+        return params
+    index_end(op, start, plain.native.numel)
+    return plain
+
+
+def index_end(op: str, start: int, numel: int) -> None:
+    if start + numel > INDEX_END:
+        raise ValueError(f"{op}: offset {start} plus {numel} elements reaches beyond index 2**63")
+
+
 def writable(op: str, params: Sequence[torch.Tensor], start: int) -> None:
     """Tensors that are written in place: dtype, layout, one device, indices below 2**63."""
-    total = start
+    total = 0
     for position, param in enumerate(params):
         name = f"tensor {position} of shape {tuple(param.shape)}"
         if param.dtype not in _RANDOM_DTYPES:
@@ -134,12 +158,11 @@ def writable(op: str, params: Sequence[torch.Tensor], start: int) -> None:
         if param.device != params[0].device:
             raise ValueError(f"{op}: {name} is on {param.device}, expected {params[0].device} as the first one")
         total += param.numel()
-    if total > INDEX_END:
-        raise ValueError(f"{op}: offset {start} plus {total - start} elements reaches beyond index 2**63")
+    index_end(op, start, total)
 
 
 def no_leaf_in_grad_mode(op: str, params: Sequence[torch.Tensor]) -> None:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), params)):
         for position, param in enumerate(params):
             if param.requires_grad:
                 raise ValueError(
@@ -178,8 +201,7 @@ def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, start: int, adapter
     if theta.dim() != 1 or theta.shape[0] != numel:
         of = "" if adapters is None else f" for {adapters} adapters"
         raise ValueError(f"tt_factors: theta must have shape ({numel},){of}, got {tuple(theta.shape)}")
-    if start + numel > INDEX_END:
-        raise ValueError(f"tt_factors: offset {start} plus {numel} elements reaches beyond index 2**63")
+    index_end("tt_factors", start, numel)
 
 
 def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout) -> None:

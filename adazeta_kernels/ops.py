@@ -127,25 +127,29 @@ def perturb_(
         raise TypeError(f"perturb_: params must be a list of tensors, got {type(params).__name__}")
     if not params:
         raise ValueError("perturb_: params is an empty list, expected at least one tensor")
-    for position, param in enumerate(params):
-        checks.is_tensor("perturb_", f"params[{position}]", param)
+    params = list(params)
+    checks.are_tensors("perturb_", "params", params)
     seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
     checks.no_leaf_in_grad_mode("perturb_", params)
-    torch.ops.adazeta.perturb_.default(list(params), seeds, scales, offset, decay, distribution, backend)
+    torch.ops.adazeta.perturb_.default(params, seeds, scales, offset, decay, distribution, backend)
 
 
 def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
-    _perturb_fake(params, seeds, scales, offset, decay, distribution, backend)
+    params = checks.writable_list("perturb_", params, offset)
+    _perturb_arguments(seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
     checks.finite_scales("perturb_", scales)
-    checks.no_overlap("perturb_", params)
     run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype)
     run(params, seeds, scales, offset, decay, distribution)
 
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
     checks.writable("perturb_", params, offset)
+    _perturb_arguments(seeds, scales, distribution)
+
+
+def _perturb_arguments(seeds, scales, distribution):
     checks.seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
     checks.one_of("perturb_", "distribution", distribution, checks.DISTRIBUTIONS)
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/levels.h"
 #include "cuda/probe.h"
+#include "tensor_list.h"
 #if defined(ADAZETA_WITH_CUDA)
 #include "cuda_calls.h"
 #endif
@@ -48,10 +50,18 @@ void fill_normal(uintptr_t out, int64_t numel, int dtype, uint64_t seed, uint64_
   k.fill_normal(params);
 }
 
-void perturb(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels, const std::vector<int>& dtypes,
-             uintptr_t seeds, uintptr_t scales, int64_t seed_count, uint64_t offset, float decay, int distribution,
-             int threads, const std::string& level) {
-  const TensorList list = checked_tensors(pointers, numels, dtypes, offset);
+// None where Python has to look closer.
+std::unique_ptr<TensorList> read_list(const py::list& params, const py::tuple& classes, const py::capsule& api) {
+  std::vector<PyObject*> known;
+  for (const py::handle c : classes) known.push_back(c.ptr());
+  auto list = std::make_unique<TensorList>();
+  const bool read = read_tensors(params.ptr(), known, *api.get_pointer<dlpack::ExchangeApi>(), list.get());
+  return read ? std::move(list) : nullptr;
+}
+
+void perturb(const TensorList& list, uintptr_t seeds, uintptr_t scales, int64_t seed_count, uint64_t offset,
+             float decay, int distribution, int threads, const std::string& level) {
+  check_size(list.numel, offset);
   PerturbParams params = perturb_params(list, seeds, scales, seed_count, offset, decay, distribution);
   params.threads = useful_threads(threads, list.numel * (1 + seed_count));
   const Kernels& k = kernels(level);
@@ -119,9 +129,15 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native ops of adazeta_kernels; call them through adazeta_kernels.";
   m.def("fill_normal", &fill_normal, py::arg("out"), py::arg("numel"), py::arg("dtype"), py::arg("seed"),
         py::arg("offset"), py::arg("distribution"), py::arg("threads"), py::arg("level") = "auto");
-  m.def("perturb", &perturb, py::arg("pointers"), py::arg("numels"), py::arg("dtypes"), py::arg("seeds"),
-        py::arg("scales"), py::arg("seed_count"), py::arg("offset"), py::arg("decay"), py::arg("distribution"),
-        py::arg("threads"), py::arg("level") = "auto");
+  py::class_<TensorList>(m, "TensorList")
+      .def(py::init([](const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels,
+                       const std::vector<int>& dtypes) { return checked_tensors(pointers, numels, dtypes, 0); }),
+           py::arg("pointers"), py::arg("numels"), py::arg("dtypes"))
+      .def_readonly("numel", &TensorList::numel)
+      .def("overlap", &overlap);
+  m.def("read_tensors", &read_list, py::arg("params"), py::arg("classes"), py::arg("api"));
+  m.def("perturb", &perturb, py::arg("tensors"), py::arg("seeds"), py::arg("scales"), py::arg("seed_count"),
+        py::arg("offset"), py::arg("decay"), py::arg("distribution"), py::arg("threads"), py::arg("level") = "auto");
   m.def("perturb_rows", &perturb_rows, py::arg("theta"), py::arg("out"), py::arg("rows"), py::arg("numel"),
         py::arg("seeds"), py::arg("scales"), py::arg("offset"), py::arg("distribution"), py::arg("threads"),
         py::arg("level") = "auto");

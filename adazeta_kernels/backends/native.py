@@ -22,6 +22,10 @@ except ImportError as error:
     _native = None
     _IMPORT_ERROR = str(error)
 
+# How C++ reads tensors by itself; absent in old versions of torch. Subclasses may not hold what they show.
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+_CLASSES = (torch.Tensor, torch.nn.Parameter)
+
 _OPS = ("fill_normal_", "perturb_", "perturb_rows", "tt_factors", "tt_adapter", "tt_linear", "low_rank_linear")
 _FLOAT32_ONLY = ("perturb_rows", "tt_factors")
 
@@ -63,6 +67,25 @@ def supports(
     return None
 
 
+class PlainTensors(list):
+    """Tensors fit to be written in place: float32, bfloat16 or float16, contiguous, on one device, none sharing memory.
+
+    `native` is the list as C++ holds it, read once for the checks and the kernel.
+    """
+
+    def __init__(self, params: list[torch.Tensor], native):
+        super().__init__(params)
+        self.native = native
+
+
+def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
+    """The tensors if they are plain; None where any is not, or where that is not known: a Python check then tells."""
+    if _native is None or _EXCHANGE is None:
+        return None
+    read = _native.read_tensors(params, _CLASSES, _EXCHANGE)
+    return None if read is None or read.overlap() else PlainTensors(params, read)
+
+
 def levels() -> list[str]:
     """Instruction set levels that this CPU can run, best first: of "v4" (AVX-512), "v3" (AVX2 and FMA), "default"."""
     return _native.levels()
@@ -99,7 +122,7 @@ def perturb_(
         return native_cuda.perturb_(params, seeds, scales, offset, decay, distribution)
     seeds, scales = seeds.contiguous(), scales.contiguous()
     _native.perturb(
-        *_tensor_lists(params),
+        params.native if isinstance(params, PlainTensors) else _native.TensorList(*_tensor_lists(params)),
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),

@@ -82,6 +82,50 @@ def test_a_thousand_small_tensors():
     assert torch.equal(torch.cat(pieces), whole)
 
 
+def test_tensors_are_read_by_native_code_or_python(monkeypatch):
+    """The same bits whichever way addresses reach the kernel."""
+    params = [torch.nn.Parameter(t, requires_grad=False) for t in tensors(DTYPES)]
+    params.append(torch.randn(9, 1, 4)[2:5])  # a view that starts inside its storage
+    results = []
+    for exchange in (native._EXCHANGE, None):
+        monkeypatch.setattr(native, "_EXCHANGE", exchange)
+        copies = [p.clone() for p in params]
+        assert (native.plain_tensors(copies) is None) == (exchange is None)
+        perturb_(copies, [5, 6], [1e-2, -2e-2], offset=11, backend="native")
+        results.append(copies)
+    assert all(map(same, *results))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def freed():
+    tensor = torch.zeros(8)
+    tensor.untyped_storage().resize_(0)
+    return tensor[3:]
+
+
+UNFIT = {
+    "float64": lambda first: torch.zeros(3, dtype=torch.float64),
+    "integer": lambda first: torch.zeros(3, dtype=torch.int32),
+    "strided": lambda first: torch.zeros(4, 4)[:, 1],
+    "sparse": lambda first: torch.eye(3).to_sparse(),
+    "meta": lambda first: torch.zeros(3, device="meta"),
+    "overlapping": lambda first: first[1:],
+    "freed": lambda first: freed(),
+    "subclass": lambda first: torch.zeros(3).as_subclass(Subclass),
+    "no tensor": lambda first: [1.0, 2.0],
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_is_not_plain_is_left_to_python(kind):
+    first = torch.zeros(10)
+    assert native.plain_tensors([first]) is not None
+    assert native.plain_tensors([first, UNFIT[kind](first)]) is None
+
+
 def test_any_number_of_threads():
     before = torch.get_num_threads()
     params = tensors(DTYPES, shapes=[(100_001,), (3,), (70_000,)])
