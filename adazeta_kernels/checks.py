@@ -126,7 +126,7 @@ def finite_scales(op: str, scales: torch.Tensor) -> None:
 
 
 def writable_list(op: str, params: list[torch.Tensor], start: int) -> list[torch.Tensor]:
-    """The tensors, all of which can be written and share no memory; read by C++ where that can, in a tenth of the time."""
+    """The tensors, all of which can be written and share no memory. C++ looks where it can, in a tenth of the time."""
     from adazeta_kernels.backends import native  # not at import, which stays free of the extension
 
     plain = native.plain_tensors(params)
