@@ -1,6 +1,7 @@
 """Seeds, directions and tensor-train adapters evaluated at many perturbed points at once. Knows tensors only."""
 
 from adazeta_kernels import backends
+from adazeta_kernels.dispatch import explain
 from adazeta_kernels.layout import Segment, TTAdapterLayout, TTShape
 from adazeta_kernels.ops import fill_normal_, low_rank_linear, perturb_, tt_adapter, tt_factors, tt_linear
 from adazeta_kernels.seeds import derive_seed, derive_seeds
@@ -12,6 +13,7 @@ __all__ = [
     "backends",
     "derive_seed",
     "derive_seeds",
+    "explain",
     "fill_normal_",
     "low_rank_linear",
     "perturb_",

@@ -12,6 +12,8 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -21,9 +23,82 @@ from adazeta_kernels.backends import reference as _reference
 NAMES = ("native", "triton", "reference")
 ENVIRONMENT = "ADAZETA_BACKEND"
 
+# Order in which "auto" tries backends for tensors on a GPU, per op. On the CPU it is native, then the reference.
+# No GPU has timed native against Triton yet: the order is the expected one, and the same for every op and shape.
+# Where a measurement (benchmarks/bench_launch.py, bench_cuda.py) says otherwise, edit the line of the op.
+GPU_ORDER = {
+    "fill_normal_": NAMES,
+    "perturb_": NAMES,
+    "perturb_rows": NAMES,
+    "tt_factors": NAMES,
+    "tt_adapter": NAMES,
+    "tt_linear": NAMES,
+    "low_rank_linear": NAMES,
+}
+
 _PACKAGE = "adazeta_kernels.backends"
 _log = logging.getLogger("adazeta_kernels")
 _choices: dict[tuple, Callable] = {}
+_explaining: ContextVar[bool] = ContextVar("adazeta_explaining", default=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call runs.
+
+    Attributes:
+        op: name of the op.
+        where: dtype and device of the tensors.
+        backend: name of the backend that runs it; None where the call raises.
+        passed_over: name of each backend that comes earlier -> why it is not taken.
+    """
+
+    op: str
+    where: str
+    backend: str | None
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} for {self.where} runs on {self.backend or 'no backend'}"]
+        return "\n".join(lines + [f"  not on {name}: {reason}" for name, reason in self.passed_over.items()])
+
+
+class _Explained(BaseException):
+    """Carries an explanation out of an op. No Exception, so that nothing on the way takes it for an error."""
+
+    def __init__(self, explanation: Explanation):
+        super().__init__(explanation)
+        self.explanation = explanation
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """Tell which backend a call would run, and why none that comes before it; nothing is run or written.
+
+    Args:
+        op: name of a public op, or the function.
+        args, kwargs: those of the op, `backend` included.
+
+    Returns:
+        The explanation; `print` shows it as text.
+
+    Raises:
+        ValueError: no such op.
+        TypeError, ValueError: as the op does for bad input.
+    """
+    from adazeta_kernels import ops
+
+    name = op if isinstance(op, str) else op.__name__
+    if name not in GPU_ORDER or not hasattr(ops, name):
+        known = ", ".join(known for known in GPU_ORDER if hasattr(ops, known))
+        raise ValueError(f"unknown op {name!r}; known are {known}")
+    token = _explaining.set(True)
+    try:
+        getattr(ops, name)(*args, **kwargs)
+    except _Explained as explained:
+        return explained.explanation
+    finally:
+        _explaining.reset(token)
+    raise AssertionError(f"{name} chose no backend")
 
 
 def report() -> dict[str, str | None]:
@@ -51,6 +126,8 @@ def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         RuntimeError: a named backend cannot run the call; the message gives the reason.
     """
     name = requested(backend)
+    if _explaining.get():
+        raise _Explained(_explanation(op, name, device, dtype, sizes))
     key = (op, name, device.type, dtype, *sizes.values())
     if key not in _choices:
         _choices[key] = _choose(op, name, device, dtype, sizes)
@@ -74,7 +151,12 @@ def differentiable(op: str, backend: str | None) -> Callable:
         RuntimeError: another backend is named, which has no backward.
     """
     name = requested(backend)
-    if name not in ("auto", "reference"):
+    refused = name not in ("auto", "reference")
+    if _explaining.get():
+        no_backward = "inputs require grad, and only the reference has a backward"
+        passed_over = {name: no_backward} if refused else {n: no_backward for n in NAMES[:-1] if name == "auto"}
+        raise _Explained(Explanation(op, "inputs that require grad", None if refused else "reference", passed_over))
+    if refused:
         raise RuntimeError(
             f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
             "under torch.no_grad() or with backend='reference'"
@@ -83,20 +165,30 @@ def differentiable(op: str, backend: str | None) -> Callable:
 
 
 def _choose(op, name, device, dtype, sizes):
-    if name != "auto":
-        reason = _why_not(name, op, device, dtype, sizes)
-        if reason:
-            raise RuntimeError(f"backend {name!r} cannot run {op} for {dtype} on {device.type}: {reason}")
-        return getattr(_load(name)[0], op)
-    # Triton needs a GPU (its interpreter on the CPU is for tests, by name).
-    for candidate in (n for n in NAMES if n != "triton" or device.type != "cpu"):
-        reason = _why_not(candidate, op, device, dtype, sizes)
-        if reason is None:
-            return getattr(_load(candidate)[0], op)
+    found = _explanation(op, name, device, dtype, sizes)
+    if found.backend is None:
+        reasons = "; ".join(f"{n}: {reason}" for n, reason in found.passed_over.items())
+        if name != "auto":
+            raise RuntimeError(f"backend {name!r} cannot run {op} for {found.where}: {found.passed_over[name]}")
+        raise RuntimeError(f"no backend can run {op} for {found.where} ({reasons})")
+    for candidate, reason in found.passed_over.items():
         # Only a backend that is missing as a whole costs speed the user could get back.
         missing = candidate == "native" and _load(candidate)[1] is not None
         _log_once(logging.WARNING if missing else logging.INFO, candidate, None if missing else op, reason)
-    raise RuntimeError(f"no backend can run {op} for {dtype} on {device.type}")
+    return getattr(_load(found.backend)[0], op)
+
+
+def _explanation(op, name, device, dtype, sizes) -> Explanation:
+    """The first backend that can run the call, of those that may, and why each one before it cannot."""
+    # Triton needs a GPU; its interpreter on the CPU is for tests, by name.
+    automatic = GPU_ORDER[op] if device.type != "cpu" else tuple(n for n in NAMES if n != "triton")
+    passed_over, where = {}, f"{dtype} on {device.type}"
+    for candidate in automatic if name == "auto" else (name,):
+        reason = _why_not(candidate, op, device, dtype, sizes)
+        if reason is None:
+            return Explanation(op, where, candidate, passed_over)
+        passed_over[candidate] = reason
+    return Explanation(op, where, None, passed_over)
 
 
 def _why_not(name, op, device, dtype, sizes) -> str | None:

@@ -37,14 +37,23 @@ class Counting:
         reference.fill_normal_(*args)
 
 
+class Driverless:
+    """Triton on a machine without a GPU."""
+
+    @staticmethod
+    def unavailable():
+        return "no driver to run on"
+
+
 @pytest.fixture
 def native(monkeypatch):
-    """Put another module in the place of the native backend."""
+    """Put another module in the place of the native backend, and one in that of Triton."""
 
-    def install(backend):
+    def install(backend, triton=Driverless):
         original = dispatch.importlib.import_module
+        modules = {"adazeta_kernels.backends.native": backend, "adazeta_kernels.backends.triton": triton}
         monkeypatch.setattr(
-            dispatch.importlib, "import_module", lambda name: backend if name.endswith(".native") else original(name)
+            dispatch.importlib, "import_module", lambda name: modules[name] if name in modules else original(name)
         )
         dispatch.clear()
         return backend
@@ -59,7 +68,7 @@ def test_backends_tells_what_can_run_and_why_not_the_rest(native):
     native(Absent)
     assert kernels.backends() == {
         "native": "the extension was not built",
-        "triton": "this version of adazeta_kernels has no triton kernels",
+        "triton": "no driver to run on",
         "reference": None,
     }
 
@@ -100,7 +109,7 @@ def test_a_named_backend_that_cannot_run_raises_with_the_reason(native):
     out = torch.zeros(4)
     with pytest.raises(RuntimeError, match="backend 'native' cannot run fill_normal_ .*: the extension was not built"):
         kernels.fill_normal_(out, 1, backend="native")
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run perturb_ .* has no triton kernels"):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run perturb_ .*: no driver to run on"):
         kernels.perturb_([out], [1], [1.0], backend="triton")
     assert torch.equal(out, torch.zeros(4))
     native(Counting)
@@ -153,3 +162,82 @@ def test_a_named_backend_without_backward_says_so():
     theta = torch.zeros(layout.numel, requires_grad=True)
     with pytest.raises(RuntimeError, match="'native' cannot run tt_factors on inputs that require grad"):
         kernels.tt_factors(theta, layout, [1], [1.0], backend="native")
+
+
+def test_order_on_a_gpu_and_reasons_logged_once(native, caplog):
+    """What `auto` chooses for tensors on a GPU, told by stand-ins: no GPU is touched."""
+
+    class EveryOp(Counting):
+        @staticmethod
+        def supports(op, *, device, dtype, **sizes):
+            return None if device == "cuda" else "needs a GPU"
+
+    gpu = torch.device("cuda", 0)
+    native(Counting, triton=EveryOp)
+    assert dispatch.select("fill_normal_", None, gpu, torch.float32) == Counting.fill_normal_
+    with caplog.at_level(logging.INFO, logger="adazeta_kernels"):
+        for _ in range(2):
+            assert dispatch.select("fill_normal_", None, gpu, torch.float16) == EveryOp.fill_normal_
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend native cannot run fill_normal_: no fill_normal_ for torch.float16; trying the next one"
+    ]
+    native(Absent)
+    assert dispatch.select("fill_normal_", None, gpu, torch.float32) is reference.fill_normal_
+    assert dispatch.select("fill_normal_", None, torch.device("cpu"), torch.float32) is reference.fill_normal_
+
+
+def test_the_order_of_an_op_can_be_edited(native, monkeypatch):
+    native(Counting, triton=Counting)
+    monkeypatch.setitem(dispatch.GPU_ORDER, "fill_normal_", ("reference", "native"))
+    assert dispatch.select("fill_normal_", None, torch.device("cuda"), torch.float32) is reference.fill_normal_
+
+
+def test_orders_are_given_for_every_op():
+    assert set(reference.__all__) - {"supports", "unavailable"} == set(dispatch.GPU_ORDER)
+    assert all(set(order) <= set(dispatch.NAMES) for order in dispatch.GPU_ORDER.values())
+
+
+def test_explain_tells_what_would_run_and_why(native, monkeypatch):
+    native(Absent)
+    out = torch.zeros(3)
+    found = kernels.explain("fill_normal_", out, 1)
+    assert found == dispatch.Explanation(
+        "fill_normal_", "torch.float32 on cpu", "reference", {"native": "the extension was not built"}
+    )
+    assert str(found) == (
+        "fill_normal_ for torch.float32 on cpu runs on reference\n  not on native: the extension was not built"
+    )
+    assert kernels.explain(kernels.perturb_, [out], [1], [1.0], backend="native").backend is None
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    assert kernels.explain(kernels.perturb_, [out], [1], [1.0]).passed_over == {"triton": "no driver to run on"}
+    assert not out.any(), "explaining ran the op"
+
+
+def test_explain_of_every_op_and_of_gradients(native):
+    native(Counting)
+    layout = TTAdapterLayout.auto(24, 8, 2)
+    theta = torch.zeros(layout.numel, requires_grad=True)
+    factors, x = torch.zeros(1, layout.factor_numel), torch.zeros(1, 2, 24)
+    left, right = torch.zeros(1, 24, 2), torch.zeros(1, 2, 8)
+    calls = {
+        "tt_factors": (theta.detach(), layout, [1], [1.0]),
+        "tt_adapter": (x, factors, layout),
+        "tt_linear": (x, left, right),
+        "low_rank_linear": (x, torch.zeros(1, 2, 8), left, right),
+    }
+    for op, args in calls.items():
+        found = kernels.explain(op, *args)
+        assert found.backend == "reference" and f"no {op} for" in found.passed_over["native"]
+    found = kernels.explain("tt_factors", theta, layout, [1], [1.0])
+    assert found.backend == "reference" and "require grad" in found.passed_over["native"]
+    assert kernels.explain("tt_factors", theta, layout, [1], [1.0], backend="triton").backend is None
+
+
+def test_explain_checks_as_the_op_does(native):
+    native(Counting)
+    with pytest.raises(ValueError, match="unknown op 'perturb'; known are fill_normal_, perturb_, tt_factors"):
+        kernels.explain("perturb", [torch.zeros(3)], [1], [1.0])
+    with pytest.raises(TypeError, match="has dtype float64"):
+        kernels.explain("fill_normal_", torch.zeros(3).double(), 1)
+    kernels.fill_normal_(torch.empty(3), 1)  # and afterwards ops run again
+    assert Counting.calls

@@ -3,19 +3,22 @@
 The interpreter (TRITON_INTERPRET=1, set before triton is imported) runs kernels in numpy on CPU tensors. Its faults, in
 the versions 3.6 to 3.9:
 
-- `tl.fma` is a product and a sum, rounded twice, before 3.9. Here it is rebuilt in float64 (`fma`).
+- `tl.fma` is a product and a sum, rounded twice, before 3.9. `fma` takes the oracle's, which is exact.
 - `range` over numbers of a kernel fails in 3.6 with numpy 2.4 and later, which convert no array of one number. There
   `span` takes the numbers out of their arrays.
-- bfloat16 is held as its 16 bits, and arithmetic on it works on those; storing float32 as bfloat16 truncates. Kernels
-  compute in float32, and `narrow` rounds by integer arithmetic.
+- bfloat16 is held as its 16 bits, and arithmetic on it works on those. Conversion from float32 truncates, and that to
+  float32 makes subnormal numbers zero. Kernels compute in float32, `narrow` and `widen` convert by integer arithmetic.
 
 On a GPU each function is the one instruction that it stands for.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import triton
 import triton.language as tl
+
+from adazeta_kernels.backends.reference.rng import fma as exact_fma
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -29,7 +32,6 @@ def _probe():
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_FMA_IS_EXACT = tl.constexpr(not INTERPRETED or VERSION >= (3, 9))
 
 # Codes of dtypes and distributions in kernels, as in native_cuda.py.
 FLOAT32 = tl.constexpr(0)
@@ -39,32 +41,49 @@ GAUSSIAN = tl.constexpr(0)
 RADEMACHER = tl.constexpr(1)
 
 
-def _numbers(*bounds):
+def _numbers(*bounds, num_stages=None):
     return range(*(int(b.handle.data.item() if isinstance(b, tl.tensor) else tl.constexpr(b).value) for b in bounds))
 
 
-# `for i in span(begin, end, step)` is a `range`, in kernels.
+# `for i in span(begin, end, step)` is a `tl.range`, in kernels.
 span = _numbers if INTERPRETED else tl.range
 
 
+def _number(value):
+    return value.handle.data if isinstance(value, tl.tensor) else np.float32(tl.constexpr(value).value)
+
+
+def _fma_of_the_oracle(a, b, c):
+    from triton.runtime.interpreter import TensorHandle
+
+    data = exact_fma(_number(a), _number(b), _number(c))
+    block = any(isinstance(v, tl.tensor) and v.type.is_block() for v in (a, b, c))
+    return tl.tensor(
+        TensorHandle(data, tl.float32), tl.block_type(tl.float32, list(data.shape)) if block else tl.float32
+    )
+
+
+def _fma_of_the_interpreter(a, b, c):
+    return tl.fma(a, b, c)  # looked up when it runs: the interpreter puts its own in this place
+
+
+# fma(a, b, c) is a * b + c of float32, rounded once, in kernels. No kernel function itself: the interpreter needs
+# milliseconds to enter one.
+fma = tl.fma
+if INTERPRETED:
+    fma = _fma_of_the_interpreter if VERSION >= (3, 9) else _fma_of_the_oracle
+
+
 @triton.jit
-def fma(a, b, c):
-    """a * b + c of float32, rounded once."""
-    if _FMA_IS_EXACT:
-        result = tl.fma(a, b, c)
+def widen(x):
+    """float32 of a block of any dtype, exactly."""
+    if _INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            result = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        else:
+            result = x.to(tl.float32)
     else:
-        # Exact product; its sum with c is rounded to odd, so that rounding to float32 gives what one rounding would
-        # (Boldo and Melquiond, 2008).
-        product = tl.cast(a, tl.float64) * tl.cast(b, tl.float64)
-        addend = tl.cast(c, tl.float64)
-        total = product + addend
-        part = total - product
-        error = (product - (total - part)) + (addend - part)
-        bits = total.to(tl.int64, bitcast=True)
-        inexact_even = (error != 0) & (error == error) & ((bits & 1) == 0)
-        step = tl.where((error < 0) == (total < 0), 1, -1)
-        odd = bits + tl.where(inexact_even, step, 0)
-        result = odd.to(tl.float64, bitcast=True).to(tl.float32)
+        result = x.to(tl.float32)
     return result
 
 

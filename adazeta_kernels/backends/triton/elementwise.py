@@ -34,7 +34,7 @@ def candidates(dtype: int, device: torch.device, numel: int) -> list[Configurati
     In the interpreter every operation costs the same for any length, so a tile is as large as the tensors are.
     """
     if compat.INTERPRETED:
-        block = min(max(triton.next_power_of_2(numel), 1 << 8), 1 << 16)
+        block = min(max(triton.next_power_of_2(numel), 1 << 8), 1 << 18)
         return [Configuration((("BLOCK", block), ("GROUP", group(dtype))))]
     return _fitting(dtype, launch.limits(device))
 

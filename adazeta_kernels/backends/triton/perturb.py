@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from adazeta_kernels.backends.triton import elementwise, launch, tuning
-from adazeta_kernels.backends.triton.compat import BFLOAT16, FLOAT16, FLOAT32, fma
+from adazeta_kernels.backends.triton.compat import BFLOAT16, FLOAT16, FLOAT32, fma, span
 from adazeta_kernels.backends.triton.elementwise import DISTRIBUTIONS, DTYPES
 from adazeta_kernels.backends.triton.rng import direction_tile, split_seed
 from adazeta_kernels.backends.triton.tile import load_tile, store_tile, tile_count, tile_start
@@ -57,13 +57,11 @@ def perturb_kernel(
         acc = load_tile(address, position, numel, DTYPE, BLOCK)
     acc = acc * decay  # exact where decay is 1
     seed_words = words + 5 * tensors
-    j = low * 0
-    while j < seeds:
+    for j in span(0, seeds):
         seed_lo, seed_hi = split_seed(tl.load(seed_words + j))
         scale = tl.load(seed_words + seeds + j).to(tl.int32).to(tl.float32, bitcast=True)
         z = direction_tile(seed_lo, seed_hi, base, DISTRIBUTION, BLOCK, GROUP)
         acc = fma(z, scale, acc)
-        j += 1
     if DTYPE == MIXED:
         if dtype == FLOAT32:
             store_tile(address, position, numel, acc, FLOAT32, BLOCK)

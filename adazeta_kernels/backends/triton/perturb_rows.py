@@ -18,7 +18,7 @@ def perturb_rows_kernel(
     theta: tl.int64,
     out: tl.int64,
     numel: tl.int64,
-    rows: tl.int64,
+    rows: tl.int32,
     offset: tl.int64,
     table: tl.int64,
     DTYPE: tl.constexpr,
@@ -36,7 +36,7 @@ def perturb_rows_kernel(
     acc = load_tile(theta, position, numel, DTYPE, BLOCK)
     if scale != 0:  # a scale of 0 adds nothing, not even the sign of a zero
         acc = fma(direction_tile(seed_lo, seed_hi, base, DISTRIBUTION, BLOCK, GROUP), scale, acc)
-    store_tile(out + row * numel * 4, position, numel, acc, DTYPE, BLOCK)
+    store_tile(out + row.to(tl.int64) * numel * 4, position, numel, acc, DTYPE, BLOCK)
 
 
 def perturb_rows(
@@ -81,5 +81,5 @@ def _choose(theta, rows, distribution):
 
 
 def specimens() -> list[launch.Specimen]:
-    signature = dict.fromkeys(("theta", "out", "numel", "rows", "offset", "table"), "i64")
+    signature = dict.fromkeys(("theta", "out", "numel", "rows", "offset", "table"), "i64") | {"rows": "i32"}
     return elementwise.specimens("perturb_rows", perturb_rows_kernel, signature, [FLOAT32.value])

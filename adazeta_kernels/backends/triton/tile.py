@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adazeta_kernels.backends.triton.compat import FLOAT32, narrow, pointer
+from adazeta_kernels.backends.triton.compat import FLOAT32, narrow, pointer, widen
 
 ALIGNMENT = 8  # elements; what begins of tiles are multiples of
 
@@ -40,11 +40,11 @@ def load_tile(address, position, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr
     start = address + position * (4 if DTYPE == FLOAT32 else 2)
     lanes = tl.arange(0, BLOCK)
     if _whole(start, position, numel, BLOCK):
-        loaded = tl.load(tl.multiple_of(pointer(start, DTYPE), 16) + lanes).to(tl.float32)
+        loaded = tl.load(tl.multiple_of(pointer(start, DTYPE), 16) + lanes)
     else:
         at = position + lanes
-        loaded = tl.load(pointer(start, DTYPE) + lanes, mask=(at >= 0) & (at < numel), other=0.0).to(tl.float32)
-    return loaded
+        loaded = tl.load(pointer(start, DTYPE) + lanes, mask=(at >= 0) & (at < numel), other=0.0)
+    return widen(loaded)
 
 
 @triton.jit

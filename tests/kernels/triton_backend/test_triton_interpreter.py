@@ -1,0 +1,39 @@
+"""Runs the files test_interpreted_*.py, each in a process under Triton's interpreter.
+
+The Triton of this environment runs them, and every one named by ADAZETA_TEST_TRITON, folders made by
+`pip install --target FOLDER --no-deps triton==3.6.0`, separated as in PATH. CI tests the oldest version so.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton backend needs the package triton")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+FOLDERS = ["", *filter(None, os.environ.get("ADAZETA_TEST_TRITON", "").split(os.pathsep))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: Path(folder).name or "installed")
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_interpreted_*.py")))
+def test_in_the_interpreter(file, folder):
+    path = [os.path.abspath(folder) if folder else "", str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_named_folders_hold_triton():
+    for folder in FOLDERS[1:]:
+        assert (Path(folder) / "triton" / "__init__.py").is_file(), f"ADAZETA_TEST_TRITON: no triton in {folder!r}"
