@@ -31,6 +31,32 @@ ADAZETA_HD void for_pieces(const PerturbParams& p, int64_t position, const TileR
   }
 }
 
+// The memory that the next tile begins with: as much of it as lies in one tensor.
+struct Ahead {
+  const char* data;
+  int64_t bytes;
+};
+
+Ahead next_tile(const PerturbParams& p, int64_t position) {
+  if (position >= p.numel) return {nullptr, 0};
+  const int64_t t = find_tensor(p, position);
+  const int64_t end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+  const int64_t n = end - position < kTile ? end - position : kTile, size = element_size(p.tensors[t].dtype);
+  return {static_cast<const char*>(p.tensors[t].data) + (position - p.tensors[t].begin) * size, n * size};
+}
+
+// add_direction on the whole tile. Making normals leaves the memory idle: meanwhile the next tile's cache lines are
+// fetched, evenly spread, where the hardware would begin only when they are asked for.
+void add_normals_fetching(float* tile, const TileRange& range, uint64_t seed, float scale, const Ahead& ahead) {
+  int64_t fetched = 0;
+  for (int first = range.first, last; first < range.last; first = last) {
+    last = (first / kGroupWords + 1) * kGroupWords;
+    if (last > range.last) last = range.last;
+    add_direction(tile, {range.base, first, last}, seed, scale, Distribution::kGaussian);
+    for (; fetched < ahead.bytes * last / kTile; fetched += 64) __builtin_prefetch(ahead.data + fetched, 1);
+  }
+}
+
 void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
   const TileRange range = tiling.range(index);
   const int64_t position = tiling.position(range);
@@ -39,9 +65,16 @@ void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
   for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
     load(tile + place, tensor.data, tensor.dtype, begin, n, p.decay);
   });
+  const bool fetch = p.seed_count > 0 && p.distribution == Distribution::kGaussian;
+  const Ahead ahead = fetch ? next_tile(p, position + range.last - range.first) : Ahead{nullptr, 0};
   for (int64_t j = 0; j < p.seed_count; ++j) {
     // A zero scale adds nothing, not even the sign of a zero (docs/perturbation-spec.md, section 6).
-    if (p.scales[j] != 0.0f) add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
+    if (p.scales[j] == 0.0f) continue;
+    if (fetch && j == 0) {
+      add_normals_fetching(tile, range, p.seeds[j], p.scales[j], ahead);
+    } else {
+      add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
+    }
   }
   for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
     store(tensor.data, tensor.dtype, begin, n, tile + place);
