@@ -16,10 +16,25 @@ except ImportError as error:
 else:
     from adazeta_kernels.backends.triton.compat import INTERPRETED
     from adazeta_kernels.backends.triton.fill_normal import fill_normal_
+    from adazeta_kernels.backends.triton.low_rank_linear import low_rank_linear
     from adazeta_kernels.backends.triton.perturb import perturb_
     from adazeta_kernels.backends.triton.perturb_rows import perturb_rows
+    from adazeta_kernels.backends.triton.token_launch import MAX_RANK
+    from adazeta_kernels.backends.triton.tt_adapter import tt_adapter
+    from adazeta_kernels.backends.triton.tt_factors import tt_factors
+    from adazeta_kernels.backends.triton.tt_linear import tt_linear
 
-__all__ = ["fill_normal_", "perturb_", "perturb_rows", "supports", "unavailable"]
+__all__ = [
+    "fill_normal_",
+    "low_rank_linear",
+    "perturb_",
+    "perturb_rows",
+    "supports",
+    "tt_adapter",
+    "tt_factors",
+    "tt_linear",
+    "unavailable",
+]
 
 _FLOAT32_ONLY = ("perturb_rows", "tt_factors")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,8 +55,8 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(op: str, *, device: str, dtype: torch.dtype, **sizes: int) -> str | None:
-    """None, or why the Triton kernels do not run `op` on such tensors."""
+def supports(op: str, *, device: str, dtype: torch.dtype, rank: int = 0, **sizes: int) -> str | None:
+    """None, or why the Triton kernels do not run `op` on such tensors; `rank` is the largest bond between L and R."""
     if op not in __all__:
         return f"no Triton kernel of {op} yet"
     if device != ("cpu" if INTERPRETED else "cuda"):
@@ -49,4 +64,6 @@ def supports(op: str, *, device: str, dtype: torch.dtype, **sizes: int) -> str |
         return f"Triton kernels run on {where}, not on {device}"
     if dtype not in _DTYPES or (op in _FLOAT32_ONLY and dtype != torch.float32):
         return f"no Triton kernel of {op} for {dtype}"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above the Triton kernels' limit of {MAX_RANK}"
     return None

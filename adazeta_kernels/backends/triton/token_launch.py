@@ -1,0 +1,170 @@
+"""Host side of the ops on tiles of tokens: how many tokens a program has, and when programs share one tile.
+
+What a configuration can change is who computes a number, not how: the sums over d run over the same chunks under all of
+them. With few tokens the columns are split over programs by a rule and not by measuring, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import product
+
+import torch
+import triton
+
+from adazeta_kernels.backends.triton import launch, tuning
+from adazeta_kernels.backends.triton.compat import INTERPRETED
+from adazeta_kernels.backends.triton.elementwise import DTYPES
+from adazeta_kernels.backends.triton.launch import Configuration, Limits
+from adazeta_kernels.backends.triton.token_tile import FINISH, PROJECT, WHOLE
+
+LEAST = 16  # rows, and ranks, of a tensor core
+MAX_RANK = 64
+RANKS = (16, 32, 64)  # padded
+
+# Tokens of a tile, and columns of a block of the result at the least rank.
+_SHAPES = ((64, 64), (32, 128), (16, 128))
+_WARPS, _STAGES = 4, 3
+# Bytes of a tile of x: on every processor a few tiles are read twice, and all of them should stay in the cache.
+_CACHED_BYTES = 128 << 10
+_MOST_SPLITS = 16
+_CHUNKS_OF_A_SPLIT = 4  # at least, so that a program's loads overlap
+
+
+def padded(rank: int) -> int:
+    """Columns that hold `rank` of them in a kernel."""
+    return max(LEAST, triton.next_power_of_2(rank))
+
+
+def depth(rank: int, itemsize: int) -> int:
+    """Columns of a chunk whose products a tensor core sums, so that the chunk of a factor has 4 or 8 KiB."""
+    return 4096 // (itemsize * rank)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    # One program after another is what the interpreter runs.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits(device: torch.device, probes: int, tokens: int, width: int, chunk: int) -> int:
+    """Programs that share a tile of the fewest tokens; 1 where tiles occupy the device anyway.
+
+    Args:
+        chunk: columns of a chunk, see `depth`.
+    """
+    tiles = probes * triton.cdiv(tokens, LEAST)
+    shares = min(processors(device) // tiles, width // (chunk * _CHUNKS_OF_A_SPLIT), _MOST_SPLITS)
+    return max(shares, 1)
+
+
+def candidates(rank: int, itemsize: int, width: int, limits: Limits, few: bool) -> list[Configuration]:
+    """Configurations for tokens of `width` numbers of `itemsize` bytes and a padded rank, the likely best first.
+
+    Args:
+        few: tiles of the fewest tokens only.
+    """
+    if INTERPRETED:  # as few operations as there can be
+        return [Configuration((("TOKENS", LEAST if few else 64), ("WIDTH", 1024)))]
+    return fitting(rank, itemsize, width, limits, few)
+
+
+def fitting(rank: int, itemsize: int, width: int, limits: Limits, few: bool) -> list[Configuration]:
+    """`candidates` for a GPU of such limits."""
+    shapes = [s for s in _SHAPES if s[0] == LEAST or not few]
+    # Large tiles read factors less often, as long as the cache holds them.
+    shapes.sort(key=lambda shape: shape[0] * width * itemsize > _CACHED_BYTES)
+    found = (
+        Configuration((("TOKENS", tokens), ("WIDTH", max(32, columns * LEAST // rank))), _WARPS, _STAGES)
+        for tokens, columns in shapes
+    )
+    return launch.configurations(found, partial(_need, rank, itemsize), limits)
+
+
+def _need(rank: int, itemsize: int, c: Configuration) -> Limits:
+    """Chunks on their way, parts of a factor as operands, and a block of the result that changes threads."""
+    tokens, width, chunk = c["TOKENS"], c["WIDTH"], depth(rank, itemsize)
+    pipeline = (c.num_stages - 1) * (tokens * itemsize + 4 * rank) * chunk
+    numbers = tokens * (width + 4 * rank) + 3 * rank * (chunk + width)
+    return Limits(pipeline + 6 * rank * chunk + 4 * tokens * width, 80 + numbers // (32 * c.num_warps))
+
+
+def run(
+    name: str,
+    kernel,
+    x: torch.Tensor,
+    ranks: dict[str, int],
+    arguments: Callable[[torch.Tensor | None], tuple],
+    codes: dict[str, int],
+    configuration: Configuration | None,
+    shares: int | None,
+) -> None:
+    """Launch a kernel over all tiles of x, in two stages where several programs share a tile.
+
+    Args:
+        x: `(P, T, d)`, neither P nor T zero.
+        ranks: name of the constexpr -> padded rank; the first is the rank that x is projected to.
+        arguments: the kernel's arguments, given the memory for partial projections or None.
+        codes: the other constexprs.
+        configuration, shares: force them.
+    """
+    (probes, tokens, width), itemsize, widest = x.shape, x.element_size(), max(ranks.values())
+    chunk = depth(widest, itemsize)
+    shares = splits(x.device, probes, tokens, width, chunk) if shares is None else shares
+    codes = codes | ranks | {"DEPTH": chunk, "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
+
+    def go(configuration):
+        tiles = probes * triton.cdiv(tokens, configuration["TOKENS"])
+        if shares == 1:
+            launch.launch(kernel, tiles, x.device, configuration, *arguments(None), **codes, STAGE=WHOLE.value)
+            return
+        numbers = tiles * shares * configuration["TOKENS"] * next(iter(ranks.values()))
+        rest = arguments(torch.empty(numbers, dtype=torch.float32, device=x.device))
+        for stage in (PROJECT, FINISH):
+            launch.launch(kernel, tiles * shares, x.device, configuration, *rest, **codes, STAGE=stage.value)
+
+    if configuration is None:
+        found = candidates(widest, itemsize, width, launch.limits(x.device), few=shares > 1)
+        shapes = (*launch.shape_class(probes, tokens, width), *ranks.values(), shares)
+        # Measuring on the call's own memory is harmless: the result is written anew, the same, by every launch.
+        configuration = tuning.choose(f"{name} {x.dtype}", shapes, found, x.device, lambda: go)
+    go(configuration)
+
+
+def specimens(
+    name: str, kernel, signature: dict[str, str], ranks: tuple[str, ...], codes: Callable[[int], dict]
+) -> list[launch.Specimen]:
+    """A kernel under every configuration that `run` can choose on any GPU, for every dtype of x and padded rank.
+
+    Args:
+        signature: of all arguments but constexprs, x being of type "*x".
+        ranks: names of its constexprs that are padded ranks.
+        codes: the other constexprs, given the padded rank.
+    """
+    found = []
+    dtypes = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "fp16": (torch.float16, 2)}
+    for (dtype, (of_torch, itemsize)), rank in product(dtypes.items(), RANKS):
+        types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
+        constexprs = dict.fromkeys(ranks, rank) | codes(rank)
+        constexprs |= {"DEPTH": depth(rank, itemsize), "DTYPE": DTYPES[of_torch]}
+        for few, limits in ((False, launch.LIMITS["cuda", 90]), (True, launch.SMALLEST)):
+            for configuration in fitting(rank, itemsize, 0, limits, few):
+                sizes = dict(configuration.sizes)
+                for stage in (PROJECT, FINISH) if few else (WHOLE,):
+                    kind = {"STAGE": stage.value, "SPLITS": 8 if few else 1}
+                    label = f"{name} {dtype} rank={rank} {sizes['TOKENS']}x{sizes['WIDTH']} stage={stage.value}"
+                    absent = {} if few else {"partial": None}
+                    found.append(
+                        launch.Specimen(
+                            label,
+                            kernel,
+                            {key: value for key, value in types.items() if key not in absent},
+                            constexprs | sizes | kind | absent,
+                            configuration.num_warps,
+                            configuration.num_stages,
+                            tuple(key for key in types if types[key][0] == "*" and key not in absent),
+                        )
+                    )
+    return found
