@@ -40,7 +40,7 @@ def load_tile(address, position, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr
     start = address + position * (4 if DTYPE == FLOAT32 else 2)
     lanes = tl.arange(0, BLOCK)
     if _whole(start, position, numel, BLOCK):
-        loaded = tl.load(tl.multiple_of(pointer(start, DTYPE), 16) + lanes)
+        loaded = tl.load(tl.multiple_of(pointer(start, DTYPE) + lanes, 16))
     else:
         at = position + lanes
         loaded = tl.load(pointer(start, DTYPE) + lanes, mask=(at >= 0) & (at < numel), other=0.0)
@@ -54,7 +54,7 @@ def store_tile(address, position, numel, value, DTYPE: tl.constexpr, BLOCK: tl.c
     lanes = tl.arange(0, BLOCK)
     value = narrow(value, DTYPE)
     if _whole(start, position, numel, BLOCK):
-        tl.store(tl.multiple_of(pointer(start, DTYPE), 16) + lanes, value)
+        tl.store(tl.multiple_of(pointer(start, DTYPE) + lanes, 16), value)
     else:
         at = position + lanes
         tl.store(pointer(start, DTYPE) + lanes, value, mask=(at >= 0) & (at < numel))
