@@ -4,6 +4,7 @@
 #   TORCH=torch==2.13.0       which torch is installed first
 #   PYTEST_ARGS="-k spec"     more arguments for pytest
 #   ADAZETA_BUILD_CUDA=0|1    without or with CUDA (default: with it when nvcc works)
+#   CI=1                      test also style, builds, the oldest Triton, and every configuration of its kernels
 
 PYTHON ?= python3
 # By name and before everything else: a range would take the newest torch, which may bring gigabytes of CUDA packages.
@@ -11,6 +12,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST_TRITON := build/triton-3.6.0
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test lint bench clean
@@ -18,6 +20,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	$(BIN)/adazeta demo
 
+ifdef CI
+test: export ADAZETA_TEST_TRITON ?= $(OLDEST_TRITON)
+test: $(OLDEST_TRITON)/.installed
+endif
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --durations=15 $(PYTEST_ARGS)
 
@@ -46,4 +52,8 @@ $(VENV)/.base:
 
 $(VENV)/.installed: $(VENV)/.base $(SOURCES)
 	$(PIP) install -q --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+$(OLDEST_TRITON)/.installed: $(VENV)/.base
+	$(PIP) install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	touch $@

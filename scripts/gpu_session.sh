@@ -18,6 +18,7 @@ stamp=$(date -u +%Y%m%dT%H%M%SZ)
 results=benchmarks/results/$gpu
 mkdir -p "$results"
 export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+export ADAZETA_CACHE=$PWD/$results  # the configurations of Triton kernels that were chosen on this GPU
 
 if [ "${1:-}" != --no-build ]; then
   cmake -S . -B build/gpu -G Ninja -DADAZETA_BUILD_CUDA=1 -DPython_EXECUTABLE="$(command -v "$python")" \
@@ -46,6 +47,7 @@ else
   echo "gpu_session: compute-sanitizer is missing; the sanitizers did not run" >&2
   outcome[sanitizers]=127
 fi
+step launch "$python" benchmarks/bench_launch.py --json "$results/$stamp-launch.json"
 step benchmarks "$python" -m pytest benchmarks/bench_cuda.py --benchmark-only -q \
   "--benchmark-json=$results/$stamp-benchmarks.json"
 

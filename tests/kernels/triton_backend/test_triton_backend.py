@@ -1,5 +1,7 @@
 """The Triton backend on a machine without a GPU, and what does not need one: the choice of configurations."""
 
+import contextlib
+import importlib
 import json
 import logging
 
@@ -10,7 +12,8 @@ import adazeta_kernels as kernels
 
 triton = pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from adazeta_kernels.backends.triton import launch, tuning  # noqa: E402
+from adazeta_kernels.backends import triton as backend  # noqa: E402
+from adazeta_kernels.backends.triton import elementwise, launch, tuning  # noqa: E402
 from adazeta_kernels.backends.triton.launch import Configuration, Limits  # noqa: E402
 
 CANDIDATES = [Configuration((("BLOCK", block),), num_warps=4) for block in (1024, 2048, 4096)]
@@ -113,3 +116,68 @@ def test_configurations_fit_the_device():
 
 def test_shapes_of_one_class_are_rounded_up():
     assert launch.shape_class(1, 3, 4, 1025, 0) == (1, 4, 4, 2048, 0)
+
+
+class DriverOfNoDevice:
+    """As much of a driver as compiling needs."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Launches compile and run nothing; `(kernel name, signature, constants, options)` of each."""
+    launches = []
+
+    class Compiling:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def compile(*args, **kwargs):
+                made = self.kernel.warmup(*args, grid=grid, **kwargs)
+                constants = {self.kernel.arg_names[k]: value for (k,), value in made.src.constants.items()}
+                options = made.metadata.num_warps, made.metadata.num_stages, made.metadata.enable_fp_fusion
+                assert not any(made.src.attrs.values()), "specialised on values of this call"
+                launches.append((self.kernel.__name__, made.src.signature, constants, options))
+
+            return compile
+
+    original = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda kernel, *rest, **kwargs: original(Compiling(kernel), *rest, **kwargs))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfNoDevice())
+    return launches
+
+
+@pytest.mark.slow
+def test_a_launch_compiles_what_the_specimens_list(compiled):
+    """Whatever the lengths, addresses, offsets and numbers of seeds: a kernel is compiled once per configuration."""
+    configuration = elementwise._fitting(0, launch.SMALLEST)[0]
+    for numel, seed, offset in ((100, 2**64 - 1, 2**63 - 100), (1, 1, 1), (16, 16, 16)):
+        theta, seeds, scales = torch.zeros(numel + 1)[1:], torch.full((numel,), seed % 2**31), torch.ones(numel)
+        backend.fill_normal_(theta, seed, offset, "rademacher", configuration=configuration)
+        backend.perturb_([theta] * numel, seeds, scales, 0, 1.0, "rademacher", configuration=configuration)
+        backend.perturb_rows(theta, seeds, scales, offset, "rademacher", configuration=configuration)
+    launch._through_launches(torch.tensor([seed % 2**31, -1]), torch.device("cpu"))
+    from test_triton_aot import MODULES
+
+    listed = []
+    for module in MODULES:
+        for specimen in importlib.import_module(f"adazeta_kernels.backends.triton.{module}").specimens():
+            names = specimen.kernel.arg_names
+            signature = {name: specimen.signature.get(name, "constexpr") for name in names}
+            options = specimen.num_warps, specimen.num_stages, specimen.fp_fusion
+            listed.append((specimen.kernel.__name__, signature, specimen.constexprs, options))
+    assert len(compiled) == 10
+    assert all(found in listed for found in compiled)
+    assert len({str(found) for found in compiled}) == 4
