@@ -129,7 +129,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native ops of adazeta_kernels; call them through adazeta_kernels.";
   m.def("fill_normal", &fill_normal, py::arg("out"), py::arg("numel"), py::arg("dtype"), py::arg("seed"),
         py::arg("offset"), py::arg("distribution"), py::arg("threads"), py::arg("level") = "auto");
-  py::class_<TensorList>(m, "TensorList")
+  py::class_<TensorList>(m, "TensorList", py::module_local())
       .def(py::init([](const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels,
                        const std::vector<int>& dtypes) { return checked_tensors(pointers, numels, dtypes, 0); }),
            py::arg("pointers"), py::arg("numels"), py::arg("dtypes"))

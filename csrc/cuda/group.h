@@ -81,20 +81,37 @@ ADAZETA_HD void store_element(void* data, Dtype dtype, int64_t at, float value) 
   }
 }
 
+// Eight elements from two vectors of 16 bytes (float32) or one.
+template <Dtype kDtype>
+ADAZETA_HD void widen_group(const uint4* bits, float (&to)[kGroup]) {
+  if constexpr (kDtype == Dtype::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[4 * i] = bit_cast<float>(bits[i].x), to[4 * i + 1] = bit_cast<float>(bits[i].y);
+      to[4 * i + 2] = bit_cast<float>(bits[i].z), to[4 * i + 3] = bit_cast<float>(bits[i].w);
+    }
+  } else {
+    const uint32_t words[4] = {bits->x, bits->y, bits->z, bits->w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = widen(kDtype, static_cast<uint16_t>(words[i] & 0xffffu));
+      to[2 * i + 1] = widen(kDtype, static_cast<uint16_t>(words[i] >> 16));
+    }
+  }
+}
+
 // Eight elements in accesses of 16 bytes; data + at is aligned to 16 bytes.
 ADAZETA_HD void load_group(const void* data, Dtype dtype, int64_t at, float (&to)[kGroup]) {
   if (dtype == Dtype::kFloat32) {
-    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-    const float4 low = from[0], high = from[1];
-    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const float*>(data) + at);
+    const uint4 bits[2] = {from[0], from[1]};
+    widen_group<Dtype::kFloat32>(bits, to);
   } else {
     const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[2 * i] = widen(dtype, static_cast<uint16_t>(words[i] & 0xffffu));
-      to[2 * i + 1] = widen(dtype, static_cast<uint16_t>(words[i] >> 16));
+    if (dtype == Dtype::kBFloat16) {
+      widen_group<Dtype::kBFloat16>(&bits, to);
+    } else {
+      widen_group<Dtype::kFloat16>(&bits, to);
     }
   }
 }

@@ -44,7 +44,8 @@ int cuda_tt_adapter_scratch(const TTAdapterParams& p, CudaStream where, int64_t*
 int cuda_tt_adapter(const TTAdapterParams& p, float* scratch, CudaStream where);
 // tt_factors and tt_adapter in one launch, no factor touches memory. `cores` tells theta, layout, seeds and scales, one
 // for each of p's probes. cudaErrorInvalidValue where the last input core of the map down, or what is behind the first
-// output core of the map up, is no multiple of 8 wide, or either is the only one.
+// output core of the map up, is no multiple of 8 wide, or either is the only one; or where x is not aligned to 16
+// bytes.
 int cuda_tt_adapter_from_cores(const TTAdapterParams& p, const TTFactorsParams& cores, CudaStream where);
 // tt_linear and low_rank_linear.
 int cuda_low_rank(const LowRankParams& p, CudaStream where);

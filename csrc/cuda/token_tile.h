@@ -11,6 +11,7 @@
 
 #include "adazeta/fma.h"
 #include "adazeta/params.h"
+#include "cuda/access.h"
 #include "cuda/group.h"
 #include "cuda/launch.h"
 
@@ -18,8 +19,8 @@ namespace adazeta {
 
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = kThreads / kWarpLanes;
-constexpr int kManyTokens = 8;  // of a tile, where there are enough
-constexpr int kRanks = 5;       // columns of a left factor in one pass over a tile
+constexpr int kManyTokens = 16;  // of a tile, where there are enough
+constexpr int kRanks = 5;        // columns of a left factor, or rows of a right one, in one pass over a tile
 
 // Tiles of `tokens` tokens of every probe, one after another.
 struct TokenTiles {
@@ -88,12 +89,25 @@ __device__ __forceinline__ void load_left(const float* left, int64_t d, int rank
   }
 }
 
+// The numbers of kHeld tokens at the columns c .. c + 7, from `token` on. Tokens that do not exist repeat
+// the last one: nothing is branched on, and all loads are under way at once.
+template <int kHeld, class Access>
+__device__ __forceinline__ void load_tokens(const Access& x, int64_t begin, int token, int count, int64_t d, int64_t c,
+                                            typename Access::Raw (&raw)[kHeld]) {
+#pragma unroll
+  for (int t = 0; t < kHeld; ++t) {
+    const int64_t row = begin + (token + t < count ? token + t : count - 1) * d;
+    raw[t] = x.load(row + c, row + d);
+  }
+}
+
 // h[t * kMaxRank + j] <- sum_i x[t][i] left[i][j] over the columns, for t < count; the first token begins at element
 // `begin` of x. load(c, first, l) does what load_left does. Shared: h, and partial[kWarps * kTokens * kRanks]. Ends
 // with a barrier. A rank above kRanks takes more passes over the tile.
-template <int kTokens, class Load>
-__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, Columns columns, int rank,
+template <int kTokens, class Access, class Load>
+__device__ __forceinline__ void project(const Access& x, int64_t begin, int count, Columns columns, int rank,
                                         float* partial, float* h, const Load& load) {
+  constexpr int kHeld = kTokens < Access::kHeld ? kTokens : Access::kHeld;
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   for (int first = 0; first < rank; first += kRanks) {
     float sum[kTokens][kRanks] = {};
@@ -101,13 +115,19 @@ __device__ __forceinline__ void project(const Tokens& x, int64_t begin, int coun
       float l[kGroup * kRanks];
       load(c, first, l);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (t >= count) continue;
-        float v[kGroup];
-        load_group_within(x.data, x.dtype, begin + t * columns.d + c, begin + (t + 1) * columns.d, v);
+      for (int token = 0; token < kTokens; token += kHeld) {
+        if (token >= count) break;
+        typename Access::Raw raw[kHeld];
+        load_tokens(x, begin, token, count, columns.d, c, raw);
 #pragma unroll
-        for (int i = 0; i < kGroup * kRanks; ++i) {
-          sum[t][i % kRanks] = HardwareFma::apply(v[i / kRanks], l[i], sum[t][i % kRanks]);
+        for (int t = 0; t < kHeld; ++t) {
+          float v[kGroup];
+          x.widen(raw[t], v);
+#pragma unroll
+          for (int i = 0; i < kGroup * kRanks; ++i) {
+            float& total = sum[token + t][i % kRanks];
+            total = HardwareFma::apply(v[i / kRanks], l[i], total);
+          }
         }
       }
     }
@@ -128,8 +148,8 @@ __device__ __forceinline__ void project(const Tokens& x, int64_t begin, int coun
 }
 
 // The same with left (d, rank) in device memory.
-template <int kTokens>
-__device__ __forceinline__ void project(const Tokens& x, int64_t begin, int count, Columns columns, int rank,
+template <int kTokens, class Access>
+__device__ __forceinline__ void project(const Access& x, int64_t begin, int count, Columns columns, int rank,
                                         float* partial, float* h, const float* left) {
   project<kTokens>(x, begin, count, columns, rank, partial, h, [&](int64_t c, int first, float (&l)[kGroup* kRanks]) {
     load_left(left, columns.d, rank, c, first, l);
@@ -147,37 +167,55 @@ struct Product {
   int rank;
 };
 
+// r <- rows first .. first + kRanks - 1 of right at the columns of the product from c on; a row that does not exist
+// repeats the first.
+__device__ __forceinline__ void load_right(const Product& product, int64_t c, int first, float (&r)[kRanks][kGroup]) {
+  const int64_t column = static_cast<unsigned>(c) % static_cast<unsigned>(product.inner);
+#pragma unroll
+  for (int j = 0; j < kRanks; ++j) {
+    const float* from = product.right + (first + j < product.rank ? first + j : first) * product.inner;
+    load_group_within(from, Dtype::kFloat32, column, product.inner, r[j]);
+  }
+}
+
 // y[t] <- base[t] + (g[t] right + scale bias) over the columns, for t < count; the first token begins at element
 // `begin` of base and y. base and bias may be null.
-template <int kTokens>
-__device__ __forceinline__ void expand(const Tokens& base, const Tokens& y, int64_t begin, int count, Columns columns,
+template <int kTokens, class Access>
+__device__ __forceinline__ void expand(const Access& base, const Access& y, int64_t begin, int count, Columns columns,
                                        const Product& product, const float* bias, float scale) {
+  constexpr int kHeld = kTokens < Access::kHeld ? kTokens : Access::kHeld;
   const int64_t d = columns.d;
   for (int64_t c = columns.from + threadIdx.x * kGroup; c < columns.to; c += kThreads * kGroup) {
     const int row = static_cast<unsigned>(c) / static_cast<unsigned>(product.inner) * product.rank;
-    const int64_t column = static_cast<unsigned>(c) % static_cast<unsigned>(product.inner);
-    float sum[kTokens][kGroup] = {};
-    for (int j = 0; j < product.rank; ++j) {
-      float r[kGroup];
-      load_group_within(product.right + j * product.inner, Dtype::kFloat32, column, product.inner, r);
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const float factor = product.g[t * product.stride + row + j];
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) sum[t][i] = HardwareFma::apply(factor, r[i], sum[t][i]);
-      }
-    }
-    float b[kGroup] = {};
+    float b[kGroup] = {}, r[kRanks][kGroup];
     if (bias != nullptr) load_group_within(bias, Dtype::kFloat32, c, d, b);
+    for (int token = 0; token < count; token += kHeld) {
+      typename Access::Raw raw[kHeld];
+      if (!base.empty()) load_tokens(base, begin, token, count, d, c, raw);
+      float sum[kHeld][kGroup] = {};
+      for (int first = 0; first < product.rank; first += kRanks) {
+        if (token == 0 || product.rank > kRanks) load_right(product, c, first, r);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      if (t >= count) continue;
-      const int64_t at = begin + t * d + c, end = begin + (t + 1) * d;
-      float v[kGroup] = {};
-      if (base.data != nullptr) load_group_within(base.data, base.dtype, at, end, v);
+        for (int j = 0; j < kRanks; ++j) {
+          if (first + j >= product.rank) break;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) v[i] += HardwareFma::apply(scale, b[i], sum[t][i]);
-      store_group_within(y.data, y.dtype, at, end, v);
+          for (int t = 0; t < kHeld; ++t) {
+            const float factor = product.g[(token + t) * product.stride + row + first + j];
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) sum[t][i] = HardwareFma::apply(factor, r[j][i], sum[t][i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kHeld; ++t) {
+        if (token + t >= count) break;
+        float v[kGroup] = {};
+        if (!base.empty()) base.widen(raw[t], v);
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) v[i] += HardwareFma::apply(scale, b[i], sum[t][i]);
+        const int64_t at = begin + (token + t) * d;
+        y.store(at + c, at + d, v);
+      }
     }
   }
 }

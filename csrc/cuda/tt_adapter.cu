@@ -15,20 +15,21 @@ struct TTAdapterArguments {
   Split split;
 };
 
-template <int kTokens>
+template <int kTokens, class Access>
 __global__ void __launch_bounds__(kThreads, 1) tt_adapter_kernel(const __grid_constant__ TTAdapterArguments a) {
   __shared__ float partial[kWarps * kTokens * kRanks], h[kTokens * kMaxRank];
   ADAZETA_DYNAMIC_SHARED(u);
   const TTAdapterParams& p = a.p;
   const Columns columns{0, p.width, p.width};
+  const Access x(p.x), y(p.y);
   for (int64_t tile = blockIdx.x; tile < a.tiles.count; tile += gridDim.x) {
     const int64_t probe = tile / a.tiles.per_probe, token = tile % a.tiles.per_probe * kTokens;
     const int64_t left = p.tokens - token, begin = (probe * p.tokens + token) * p.width;
     const int count = left < kTokens ? static_cast<int>(left) : kTokens;
     const Factors f = split(p, probe);
-    project<kTokens>(p.x, begin, count, columns, p.rank_down, partial, h, f.left_down);
+    project<kTokens>(x, begin, count, columns, p.rank_down, partial, h, f.left_down);
     narrow_part<kTokens>(p, f, u, h);
-    expand<kTokens>(p.x, p.y, begin, count, columns, {h, kMaxRank, f.right_up, p.width, p.rank_up}, f.bias_up, p.scale);
+    expand<kTokens>(x, y, begin, count, columns, {h, kMaxRank, f.right_up, p.width, p.rank_up}, f.bias_up, p.scale);
     __syncthreads();  // nobody writes the next tile's h while this one's is read
   }
 }
@@ -39,7 +40,8 @@ __global__ void __launch_bounds__(kThreads) tt_adapter_project_kernel(const __gr
   const TTAdapterParams& p = a.p;
   const int64_t token = blockIdx.x;
   const Factors f = split(p, token / p.tokens);
-  project<1>(p.x, token * p.width, 1, a.split.part(blockIdx.y, p.width), p.rank_down, partial, h, f.left_down);
+  project<1>(AnyAccess(p.x), token * p.width, 1, a.split.part(blockIdx.y, p.width), p.rank_down, partial, h,
+             f.left_down);
   float* sums = a.sums + (token * a.split.parts + blockIdx.y) * p.rank_down;
   for (int j = threadIdx.x; j < p.rank_down; j += kThreads) sums[j] = h[j];
 }
@@ -58,18 +60,18 @@ __global__ void __launch_bounds__(kThreads) tt_adapter_expand_kernel(const __gri
   }
   __syncthreads();
   narrow_part<1>(p, f, u, h);
-  expand<1>(p.x, p.y, token * p.width, 1, a.split.part(blockIdx.y, p.width),
+  expand<1>(AnyAccess(p.x), AnyAccess(p.y), token * p.width, 1, a.split.part(blockIdx.y, p.width),
             {h, kMaxRank, f.right_up, p.width, p.rank_up}, f.bias_up, p.scale);
 }
 
-template <int kTokens>
+template <int kTokens, class Access>
 int launch_tiles(TTAdapterArguments& arguments, CudaStream where) {
   const TTAdapterParams& p = arguments.p;
   arguments.tiles = token_tiles(p.probes, p.tokens, kTokens);
   unsigned blocks = 0;
   const cudaError_t error = grid_size(where.device, arguments.tiles.count, &blocks);
   if (error != cudaSuccess) return error;
-  return launch(&tt_adapter_kernel<kTokens>, blocks, sizeof(float) * kTokens * p.bottleneck, where, arguments);
+  return launch(&tt_adapter_kernel<kTokens, Access>, blocks, sizeof(float) * kTokens * p.bottleneck, where, arguments);
 }
 
 int launch_parts(const TTAdapterArguments& arguments, CudaStream where) {
@@ -102,7 +104,12 @@ int cuda_tt_adapter(const TTAdapterParams& p, float* scratch, CudaStream where) 
   bool few = false;
   error = few_tokens(where.device, p.probes, p.tokens, &few);
   if (error != cudaSuccess) return error;
-  return few ? launch_tiles<1>(arguments, where) : launch_tiles<kManyTokens>(arguments, where);
+  if (few) return launch_tiles<1, AnyAccess>(arguments, where);
+  if (!vectors(p.x, p.width) || !vectors(p.y, p.width))
+    return launch_tiles<kManyTokens / 2, AnyAccess>(arguments, where);
+  return with_vectors(p.x.dtype, [&](auto access) {
+    return launch_tiles<kManyTokens, typename decltype(access)::Type>(arguments, where);
+  });
 }
 
 }  // namespace adazeta

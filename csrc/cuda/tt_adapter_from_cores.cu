@@ -10,12 +10,13 @@
 namespace adazeta {
 namespace {
 
-constexpr int kTile = 4;  // 125 registers: two blocks a processor, one computes while the other waits
+constexpr int kTile = 8;
 
 struct FromCoresArguments {
   TTAdapterParams p;
   const float* theta;
   uint64_t offset;
+  Distribution distribution;
   TTLayout layout;
   TokenTiles tiles;  // of the probes of this launch
   uint64_t seeds[kLaunchProbes];
@@ -65,6 +66,7 @@ __device__ __forceinline__ void expand_left(const float* wide, const float* last
   const unsigned at = static_cast<unsigned>(c) % static_cast<unsigned>(dim);
 #pragma unroll
   for (int i = 0; i < kGroup * kRanks; ++i) l[i] = 0.0f;
+#pragma unroll 1  // several at a time would not fit in the registers
   for (int k = 0; k < inner; ++k) {
     const float factor = wide[row * inner + k];
     float part[kGroup * kRanks];
@@ -75,17 +77,23 @@ __device__ __forceinline__ void expand_left(const float* wide, const float* last
 }
 
 // blockIdx.x: which tiles of the probe blockIdx.y.
-template <Distribution kDistribution>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class Access>
+__global__ void __launch_bounds__(kThreads, 1)
     tt_adapter_from_cores_kernel(const __grid_constant__ FromCoresArguments a) {
   __shared__ float partial[kWarps * kTile * kRanks], h[kTile * kMaxRank];
   ADAZETA_DYNAMIC_SHARED(shared);
   const TTAdapterParams& p = a.p;
+  const Access x(p.x), y(p.y);
   const TTMap &down = a.layout.down, &up = a.layout.up;
   const SharedPlan plan = shared_plan(a.layout, p.bottleneck);
   float* moved = shared + plan.moved;
-  perturb_cores<kDistribution>(a.theta, theta_numel(a.layout), a.offset, a.seeds[blockIdx.y], a.scales[blockIdx.y],
-                               moved);
+  const uint64_t seed = a.seeds[blockIdx.y];
+  const float scale = a.scales[blockIdx.y];
+  if (a.distribution == Distribution::kGaussian) {
+    perturb_cores<Distribution::kGaussian>(a.theta, theta_numel(a.layout), a.offset, seed, scale, moved);
+  } else {
+    perturb_cores<Distribution::kRademacher>(a.theta, theta_numel(a.layout), a.offset, seed, scale, moved);
+  }
   const BlockOps ops;
   float* products = shared + plan.products;
   const auto contract = [&](const TTMap& map, const float* cores, int first, int last, int64_t to) {
@@ -113,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = tile * kTile, left = p.tokens - token;
     const int64_t begin = (blockIdx.y * p.tokens + token) * p.width;
     const int count = left < kTile ? static_cast<int>(left) : kTile;
-    project<kTile>(p.x, begin, count, columns, p.rank_down, partial, h,
+    project<kTile>(x, begin, count, columns, p.rank_down, partial, h,
                    [&](int64_t c, int column, float (&l)[kGroup* kRanks]) {
                      expand_left(wide_down, last_down, down.ranks[last], down.dims[last], p.rank_down, c, column, l);
                    });
@@ -126,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       g[i] = sum;
     }
     __syncthreads();
-    expand<kTile>(p.x, p.y, begin, count, columns, product, f.bias_up, p.scale);
+    expand<kTile>(x, y, begin, count, columns, product, f.bias_up, p.scale);
     __syncthreads();  // nobody writes the next tile's h and g while this one's are read
   }
 }
@@ -135,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 int cuda_tt_adapter_from_cores(const TTAdapterParams& p, const TTFactorsParams& cores, CudaStream where) {
   if (p.probes == 0 || p.tokens == 0) return cudaSuccess;
-  if (!fits_groups(cores.layout)) return cudaErrorInvalidValue;
+  if (!fits_groups(cores.layout) || !vectors(p.x, p.width) || !vectors(p.y, p.width)) return cudaErrorInvalidValue;
   const DeviceGuard guard(where.device);
   if (guard.error() != cudaSuccess) return guard.error();
   int processors = 0;
@@ -144,11 +152,9 @@ int cuda_tt_adapter_from_cores(const TTAdapterParams& p, const TTFactorsParams& 
   arguments.p = p;
   arguments.theta = cores.theta;
   arguments.offset = cores.offset;
+  arguments.distribution = cores.distribution;
   arguments.layout = cores.layout;
   const size_t shared_bytes = sizeof(float) * shared_plan(cores.layout, p.bottleneck).size;
-  const auto kernel = cores.distribution == Distribution::kGaussian
-                          ? &tt_adapter_from_cores_kernel<Distribution::kGaussian>
-                          : &tt_adapter_from_cores_kernel<Distribution::kRademacher>;
   const int64_t row_bytes = p.tokens * p.width * element_bytes(p.x.dtype);
   for (int64_t first = 0; first < p.probes && error == cudaSuccess; first += kLaunchProbes) {
     const int64_t probes = p.probes - first < kLaunchProbes ? p.probes - first : kLaunchProbes;
@@ -159,10 +165,14 @@ int cuda_tt_adapter_from_cores(const TTAdapterParams& p, const TTFactorsParams& 
       arguments.seeds[i] = cores.seeds[first + i];
       arguments.scales[i] = cores.scales[first + i];
     }
-    const int64_t wanted = (2 * processors + probes - 1) / probes;
+    const int64_t wanted = (processors + probes - 1) / probes;  // registers leave room for one block a processor
     const int64_t blocks = wanted < arguments.tiles.per_probe ? wanted : arguments.tiles.per_probe;
-    error = launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(probes)), shared_bytes, where,
-                   arguments);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(probes));
+    const int code = with_vectors(p.x.dtype, [&](auto access) {
+      return launch(&tt_adapter_from_cores_kernel<typename decltype(access)::Type>, grid, shared_bytes, where,
+                    arguments);
+    });
+    error = static_cast<cudaError_t>(code);
   }
   return error;
 }
