@@ -79,28 +79,49 @@ def bench_cuda_update_of_20_seeds(benchmark):
 
 
 def bench_cuda_tt_factors(benchmark):
-    """96 adapters of 4096 <-> 64, rank 5, at 40 probes, in one launch."""
+    """96 adapters of 4096 <-> 64, rank 5, at 40 probes, in one launch: 703 MB of factors have to be written."""
     layout = TTAdapterLayout.auto(4096, 64, 5)
     theta = torch.randn(96 * layout.numel, device="cuda")
     seeds, scales = torch.arange(40), torch.full((40,), 1e-3)
     moved = 4 * 96 * 40 * layout.factor_numel + theta.nbytes
-    record(
-        benchmark,
-        lambda: native_cuda.tt_factors(theta, layout, seeds, scales, 0, "gaussian", adapters=96),
-        moved,
-    )
+    record(benchmark, lambda: tt_factors(theta, layout, seeds, scales, adapters=96, backend="native"), moved)
 
 
-@pytest.mark.parametrize("tokens", [1, 1024])
-def bench_cuda_tt_adapter(benchmark, tokens):
-    """40 probes, width 4096, bfloat16; 1,024 tokens a probe are 40,960 rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 32, 1024])
+def bench_cuda_tt_adapter(benchmark, tokens, dtype):
+    """40 probes, width 4096; 1,024 tokens a probe are 40,960 rows. 1 token is split over d."""
     layout = TTAdapterLayout.auto(4096, 64, 5)
     theta = torch.randn(layout.numel, device="cuda") * 0.1
     factors = tt_factors(theta, layout, list(range(40)), [1e-3] * 40, backend="native")
-    x = torch.randn(40, tokens, 4096, device="cuda").bfloat16()
+    x = torch.randn(40, tokens, 4096, device="cuda").to(dtype)
     record(
         benchmark,
         lambda: tt_adapter(x, factors, layout, backend="native"),
         2 * x.nbytes + factors.nbytes,
         lambda: reference.tt_adapter(x, factors, layout, "relu", 1.0),
     )
+
+
+@pytest.mark.parametrize("way", ["two_ops", "from_cores"])
+@pytest.mark.parametrize("tokens", [1, 32, 1024])
+def bench_cuda_adapter_at_probes(benchmark, tokens, way):
+    """From theta to the adapted tokens: tt_factors then tt_adapter, or one kernel that keeps factors out of memory.
+
+    What `from_cores` gains decides whether an op should call it. Bytes are those that have to move in either: x read,
+    y written, theta read.
+    """
+    layout = TTAdapterLayout.auto(4096, 64, 5)
+    theta = torch.randn(layout.numel, device="cuda") * 0.1
+    seeds, scales = torch.arange(40), torch.full((40,), 1e-3)
+    x = torch.randn(40, tokens, 4096, device="cuda").bfloat16()
+
+    def two_ops():
+        factors = tt_factors(theta, layout, seeds, scales, backend="native")
+        return tt_adapter(x, factors, layout, backend="native")
+
+    def from_cores():
+        return native_cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 0, "gaussian", "relu", 1.0)
+
+    torch.testing.assert_close(from_cores(), two_ops(), rtol=2**-7, atol=2**-7)
+    record(benchmark, {"two_ops": two_ops, "from_cores": from_cores}[way], 2 * x.nbytes + theta.nbytes)

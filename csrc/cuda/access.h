@@ -28,7 +28,12 @@ class VectorAccess {
   }
   ADAZETA_HD void widen(const Raw& raw, float (&to)[kGroup]) const { widen_group<kDtype>(raw.bits, to); }
   ADAZETA_HD void store(int64_t at, int64_t, const float (&from)[kGroup]) const {
-    store_group(data_, kDtype, at, from);
+    Raw raw;
+    narrow_group<kDtype>(from, raw.bits);
+    // Marked as not read again soon.
+    uint4* to = reinterpret_cast<uint4*>(const_cast<char*>(address(at)));
+    __stcs(to, raw.bits[0]);
+    if constexpr (kDtype == Dtype::kFloat32) __stcs(to + 1, raw.bits[1]);
   }
 
  private:

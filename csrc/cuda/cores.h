@@ -55,7 +55,6 @@ struct BlockOps {
   __device__ __forceinline__ void multiply_by_4(float* c, const float* a, const float* b, int64_t m, int depth,
                                                 int64_t n) const {
     const float4* b4 = reinterpret_cast<const float4*>(b);
-    float4* c4 = reinterpret_cast<float4*>(c);
     const unsigned columns = static_cast<unsigned>(n / 4), numel = static_cast<unsigned>(m) * columns;
     for (unsigned i = threadIdx.x; i < numel; i += kThreads) {
       const unsigned row = i / columns, column = i % columns;
@@ -68,7 +67,8 @@ struct BlockOps {
         sum.z = HardwareFma::apply(factor, values.z, sum.z);
         sum.w = HardwareFma::apply(factor, values.w, sum.w);
       }
-      c4[i] = sum;
+      store_16(c + 4 * i, uint4{bit_cast<uint32_t>(sum.x), bit_cast<uint32_t>(sum.y), bit_cast<uint32_t>(sum.z),
+                                bit_cast<uint32_t>(sum.w)});
     }
   }
 };

@@ -94,6 +94,20 @@ def test_16_byte_accesses(compiled, file, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("file", ["tt_adapter", "tt_adapter_from_cores", "low_rank"])
+def test_aligned_tokens_take_16_byte_accesses_alone(compiled, file, arch):
+    """Every store of a result, and the loads of several tokens before the first is used."""
+    entries = re.split(r"\.entry\s+", compiled[file][1][arch])[1:]
+    chosen = [entry for entry in entries if "VectorAccess" in entry.partition("(")[0]]
+    assert len(chosen) == 3  # one per dtype
+    for entry in chosen:
+        stores = re.findall(r"\bst\.global\S*", entry)
+        assert len(stores) >= 8 and all(".v4." in store for store in stores), stores
+        before_use = [len(re.findall(r"\bld\.global\S*v4", part)) for part in entry.split("fma.rn.f32")]
+        assert max(before_use) >= 8, before_use
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("file", ["fill_normal", "perturb", "perturb_rows", "tt_factors"])
 def test_no_fused_or_approximate_arithmetic(compiled, file, arch):
     """Bits depend on it: fma only where the source says so, square root correctly rounded, subnormals kept."""

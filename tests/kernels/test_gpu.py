@@ -12,6 +12,7 @@ import torch
 from adazeta_kernels import (
     TTAdapterLayout,
     checks,
+    dispatch,
     fill_normal_,
     low_rank_linear,
     perturb_,
@@ -125,16 +126,66 @@ def test_tt_factors(rank):
     torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("rank", [5, 16])
+def test_tt_factors_of_many_adapters_have_the_bits_of_single_calls(rank):
+    layout = TTAdapterLayout.auto(4096, 64, rank)
+    theta, seeds, scales = torch.randn(3 * layout.numel, device="cuda"), list(range(260)), [1e-3] * 260
+    got = tt_factors(theta, layout, seeds, scales, offset=41, adapters=3, backend="native")
+    for adapter, part in enumerate(theta.split(layout.numel)):
+        one = tt_factors(part, layout, seeds, scales, offset=41 + adapter * layout.numel, backend="native")
+        assert torch.equal(got[adapter], one)
+
+
+WIDE = TTAdapterLayout.auto(4096, 64, 5)
+
+
+def adapter_error(layout, shape, dtype, misaligned=0):
+    """Hold tt_adapter to the error of plain torch, x starting `misaligned` elements behind a 16-byte boundary."""
+    theta = torch.randn(layout.numel, device="cuda") * 0.4
+    factors = tt_factors(theta, layout, list(range(shape[0])), [0.1] * shape[0], backend="native")
+    x = torch.randn(shape[0] * shape[1] * layout.width + 8, device="cuda").to(dtype)
+    x = x[misaligned:][: shape[0] * shape[1] * layout.width].view(*shape, layout.width)
+    for act in checks.ACTS:
+        y = tt_adapter(x, factors, layout, act=act, scale=-0.7, backend="native")
+        oracle = reference.tt_adapter(x.double(), factors.double(), layout, act, -0.7)
+        assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (40, 1), (3, 13), (2, 0), (2, 5000)], ids=str)
 def test_tt_adapter(shape, dtype):
-    theta = torch.randn(LAYOUT.numel, device="cuda") * 0.4
-    factors = tt_factors(theta, LAYOUT, list(range(shape[0])), [0.1] * shape[0], backend="native")
-    x = torch.randn(*shape, LAYOUT.width, device="cuda").to(dtype)
-    for act in checks.ACTS:
-        y = tt_adapter(x, factors, LAYOUT, act=act, scale=-0.7, backend="native")
-        oracle = reference.tt_adapter(x.double(), factors.double(), LAYOUT, act, -0.7)
-        assert_as_exact_as(y, reference.tt_adapter(x, factors, LAYOUT, act, -0.7), oracle)
+    adapter_error(LAYOUT, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 1), (3, 7), (2, 3000)], ids=str)
+def test_tt_adapter_of_width_4096(shape, dtype):
+    """Few tokens are split over d."""
+    adapter_error(WIDE, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_views(dtype):
+    for shape in ((1, 1), (2, 3000)):
+        adapter_error(WIDE, shape, dtype, misaligned=1)
+
+
+def test_a_split_call_gives_the_same_bits_every_time():
+    factors = torch.randn(1, WIDE.factor_numel, device="cuda")
+    x = torch.randn(1, 1, 4096, device="cuda")
+    first = tt_adapter(x, factors, WIDE, backend="native")
+    assert all(torch.equal(first, tt_adapter(x, factors, WIDE, backend="native")) for _ in range(100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (300, 3), (3, 700)], ids=str)
+def test_tt_adapter_from_cores(shape, dtype):
+    theta, x = torch.randn(WIDE.numel) * 0.4, torch.randn(*shape, WIDE.width, device="cuda").to(dtype)
+    seeds, scales = torch.arange(shape[0]) - 2, torch.full((shape[0],), 0.1)
+    y = native_cuda.tt_adapter_from_cores(x, theta.cuda(), WIDE, seeds, scales, 2**33 + 3, "gaussian", "gelu", -0.7)
+    factors = native.tt_factors(theta, WIDE, seeds, scales, 2**33 + 3, "gaussian").cuda()
+    oracle = reference.tt_adapter(x.double(), factors.double(), WIDE, "gelu", -0.7)
+    assert_as_exact_as(y, reference.tt_adapter(x, factors, WIDE, "gelu", -0.7), oracle)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -191,6 +242,46 @@ def test_a_list_too_long_to_capture_says_so():
     with pytest.raises(RuntimeError, match="200 tensors and 1 seeds cannot be captured"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             perturb_(params, [1], [1.0], backend="native")
+
+
+def test_bad_input_is_named_before_anything_is_written():
+    here, there = torch.zeros(5), torch.zeros(5, device="cuda")
+    with pytest.raises(ValueError, match="tensor 1 of shape .* is on cuda:0, expected cpu"):
+        perturb_([here, there], [1], [1.0])
+    with pytest.raises(ValueError, match="tensors 0 and 1 share memory"):
+        perturb_([there[:3], there[2:]], [1], [1.0], backend="native")
+    with pytest.raises(ValueError, match="a scale must be finite, got inf"):
+        perturb_([there], [1], [float("inf")], backend="native")
+    with pytest.raises(ValueError, match="seeds must be on the CPU, got cuda:0"):
+        perturb_([there], torch.tensor([1], device="cuda"), torch.ones(1), backend="native")
+    gone = torch.zeros(5, device="cuda")
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the memory of tensor 0 of shape .* was freed"):
+        perturb_([gone], [1], [1.0], backend="native")
+    with pytest.raises(ValueError, match="factors is on cpu, expected cuda:0 as x"):
+        tt_adapter(torch.zeros(1, 1, 576, device="cuda"), torch.zeros(1, LAYOUT.factor_numel), LAYOUT)
+    assert not here.any() and not there.any()
+
+
+def test_beyond_a_limit_another_backend_runs_or_the_call_names_the_reason(caplog):
+    x = torch.randn(2, 3, 80, device="cuda")
+    left, right = torch.randn(2, 80, 65, device="cuda"), torch.randn(2, 65, 70, device="cuda")
+    dispatch.clear()
+    with caplog.at_level("INFO", logger="adazeta_kernels"):
+        y = tt_linear(x, left, right)
+    assert "native cannot run tt_linear: rank 65 is above the native kernel's limit of 64" in caplog.text
+    exact = x.double() @ left.double() @ right.double()
+    assert_as_exact_as(y, reference.tt_linear(x, left, right, None), exact)
+    with pytest.raises(RuntimeError, match="rank 65 is above the native kernel's limit of 64"):
+        tt_linear(x, left, right, backend="native")
+    wide = TTAdapterLayout.auto(1200, 1040, 2)
+    with pytest.raises(RuntimeError, match="bottleneck 1040 is above the native kernel's limit of 1024"):
+        tt_adapter(
+            torch.zeros(1, 2, 1200, device="cuda"),
+            torch.zeros(1, wide.factor_numel, device="cuda"),
+            wide,
+            backend="native",
+        )
 
 
 def test_the_current_device_stays():

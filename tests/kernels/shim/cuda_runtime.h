@@ -45,6 +45,7 @@ const char* cudaGetErrorString(cudaError_t error);
 
 void __syncthreads();
 float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
+inline void __stcs(uint4* address, uint4 value) { *address = value; }
 inline float __ldg(const float* address) { return *address; }
 
 namespace shim {
