@@ -22,6 +22,7 @@ ADAZETA_DECLARE_LEVEL(level_default)
 #if defined(ADAZETA_X86_LEVELS)
 ADAZETA_DECLARE_LEVEL(level_v3)
 ADAZETA_DECLARE_LEVEL(level_v4)
+ADAZETA_DECLARE_LEVEL(level_v4_bf16)  // only ops on tokens; the others are level_v4's
 #endif
 
 struct Kernels {

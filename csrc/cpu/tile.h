@@ -15,6 +15,9 @@
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
+#if defined(__AVX512BF16__)
+#error "conversion to bfloat16 flushes subnormals with these flags"
+#endif
 
 namespace adazeta {
 namespace {

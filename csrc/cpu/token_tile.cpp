@@ -36,13 +36,23 @@ ADAZETA_HD void with_dtype(Dtype dtype, const Use& use) {
   return use(Float16{});
 }
 
-// kCount tokens times kPart columns of the turned L.
+// Columns of x together: kMaxPart rows of factors as wide stay in the first-level cache while all tokens pass.
+constexpr int64_t kColumns = 1024;
+
+// Calls use(begin, end) for stretches of kColumns of the d columns.
+template <class Use>
+ADAZETA_HD void for_columns(int64_t d, const Use& use) {
+  for (int64_t begin = 0; begin < d; begin += kColumns) use(begin, begin + kColumns < d ? begin + kColumns : d);
+}
+
+// sum [kCount, kMaxPart] += kCount tokens times kPart columns of the turned L, over columns begin .. end - 1 of x.
 template <class X, int kCount, int kPart>
-void project_part(const X* x, const float* panel, int64_t d, float* h, const X* next) {
+void project_part(const X* x, const float* panel, int64_t d, int64_t begin, int64_t end, Vec (*total)[kMaxPart],
+                  const X* next) {
   const int64_t pitch = panel_pitch(d);
   Vec sum[kCount][kPart];
-  for (auto& row : sum) {
-    for (Vec& s : row) s = Vec{};
+  for (int t = 0; t < kCount; ++t) {
+    for (int j = 0; j < kPart; ++j) sum[t][j] = total[t][j];
   }
   const auto columns = [&](int64_t i, auto load_x) {
     Vec value[kCount];
@@ -55,22 +65,20 @@ void project_part(const X* x, const float* panel, int64_t d, float* h, const X* 
       for (int t = 0; t < kCount; ++t) sum[t][j] = VecMath::fma(value[t], left, sum[t][j]);
     }
   };
-  int64_t i = 0;
-  for (; i + kVec <= d; i += kVec) columns(i, [](const X* p) { return load(p); });
-  if (i < d) {
-    const int rest = static_cast<int>(d - i);
+  int64_t i = begin;
+  for (; i + kVec <= end; i += kVec) columns(i, [](const X* p) { return load(p); });
+  if (i < end) {
+    const int rest = static_cast<int>(end - i);
     columns(i, [rest](const X* p) { return load(p, rest); });
   }
-  for (int j = 0; j < kPart; ++j) {
-    float sums[4];
-    lane_sums(sums, sum[0][j], sum[1 % kCount][j], sum[2 % kCount][j], sum[3 % kCount][j]);
-    memcpy(h + j * kTokens, sums, kCount * sizeof(float));
+  for (int t = 0; t < kCount; ++t) {
+    for (int j = 0; j < kPart; ++j) total[t][j] = sum[t][j];
   }
 }
 
 template <class Y, int kCount, int kRank>
-void expand_part(const Y* base, Y* y, const float* g, const float* right, int64_t d, int rank, const float* bias,
-                 float scale) {
+void expand_part(const Y* base, Y* y, const float* g, const float* right, int64_t d, int64_t begin, int64_t end,
+                 int rank, const float* bias, float scale) {
   const int ranks = kRank == 0 ? rank : kRank;
   // In registers: the compiler must assume that y overlaps g, and would load g again and again.
   Vec known[kRank == 0 ? 1 : kRank][kCount];
@@ -97,14 +105,14 @@ void expand_part(const Y* base, Y* y, const float* g, const float* right, int64_
       }
     }
   };
-  int64_t i = 0;
-  for (; i + kVec <= d; i += kVec) {
+  int64_t i = begin;
+  for (; i + kVec <= end; i += kVec) {
     columns(
         i, [](const Y* p) { return load(p); }, [](const float* p) { return load(p); },
         [](Y* p, Vec v) { store(p, v); });
   }
-  if (i < d) {
-    const int rest = static_cast<int>(d - i);
+  if (i < end) {
+    const int rest = static_cast<int>(end - i);
     columns(
         i, [rest](const Y* p) { return load(p, rest); }, [rest](const float* p) { return load(p, rest); },
         [rest](Y* p, Vec v) { store(p, v, rest); });
@@ -185,13 +193,21 @@ void project(Dtype dtype, const void* x, int tokens, const float* panel, int64_t
       const float* columns = panel + first * panel_pitch(d);
       const X* result = part == 0 ? static_cast<const X*>(next) : nullptr;
       with_number<kMaxPart>(count, [&](auto ranks) {
-        const auto group = [&](auto size, int t) {
-          project_part<X, size.value, ranks.value>(rows + t * d, columns, d, h + first * kTokens + t,
-                                                   result == nullptr ? nullptr : result + t * d);
-        };
-        int t = 0;
-        for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
-        for (; t < tokens; ++t) group(Number<1>{}, t);
+        Vec total[kTokens][kMaxPart] = {};
+        for_columns(d, [&](int64_t begin, int64_t end) {
+          const auto group = [&](auto size, int t) {
+            project_part<X, size.value, ranks.value>(rows + t * d, columns, d, begin, end, total + t,
+                                                     result == nullptr ? nullptr : result + t * d);
+          };
+          int t = 0;
+          for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
+          for (; t < tokens; ++t) group(Number<1>{}, t);
+        });
+        for (int j = 0; j < ranks.value; ++j) {
+          for (int t = 0; t < kTokens; t += 4) {
+            lane_sums(h + (first + j) * kTokens + t, total[t][j], total[t + 1][j], total[t + 2][j], total[t + 3][j]);
+          }
+        }
       });
     }
   });
@@ -212,13 +228,15 @@ void expand(Dtype dtype, const void* base, void* y, int tokens, const float* g, 
     const auto run = [&](auto ranks) {
       const Y* from = static_cast<const Y*>(base);
       Y* to = static_cast<Y*>(y);
-      const auto group = [&](auto count, int t) {
-        expand_part<Y, count.value, ranks.value>(from == nullptr ? nullptr : from + t * d, to + t * d, g + t, right, d,
-                                                 rank, bias, scale);
-      };
-      int t = 0;
-      for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
-      for (; t < tokens; ++t) group(Number<1>{}, t);
+      for_columns(d, [&](int64_t begin, int64_t end) {
+        const auto group = [&](auto count, int t) {
+          expand_part<Y, count.value, ranks.value>(from == nullptr ? nullptr : from + t * d, to + t * d, g + t, right,
+                                                   d, begin, end, rank, bias, scale);
+        };
+        int t = 0;
+        for (; t + kGroup <= tokens; t += kGroup) group(Number<kGroup>{}, t);
+        for (; t < tokens; ++t) group(Number<1>{}, t);
+      });
     };
     rank <= kMaxPart ? with_number<kMaxPart>(rank, run) : run(Number<0>{});
   });

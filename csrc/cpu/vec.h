@@ -103,6 +103,13 @@ ADAZETA_HD Vec load(const BFloat16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+#if defined(__AVX512BF16__)
+// Flushes subnormals, so never where bits are promised (tile.h).
+ADAZETA_HD void store(BFloat16* p, Vec v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  memcpy(p, &rounded, sizeof(rounded));
+}
+#else
 ADAZETA_HD void store(BFloat16* p, Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
@@ -115,6 +122,7 @@ ADAZETA_HD void store(BFloat16* p, Vec v) {
                                          0xb0009, 0x70005, 0x30001);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, kept)));
 }
+#endif
 ADAZETA_HD Vec load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
