@@ -37,7 +37,7 @@ step() { # name, command ...
 step tests "$python" -m pytest -q -m gpu tests/kernels
 if command -v compute-sanitizer > /dev/null; then
   # Small shapes: the sanitizers slow kernels down a hundredfold. Streams and capture are not their business.
-  chosen="perturb or tt_ or low_rank or (fill_normal and not many)"
+  chosen="perturb or tt_ or low_rank or misaligned or split or (fill_normal and not many)"
   for tool in memcheck racecheck initcheck; do
     step "$tool" env ADAZETA_GPU_ELEMENTS=100000 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name regex:adazeta \

@@ -105,6 +105,21 @@ def test_perturb_rows(cuda, distribution):
         assert torch.equal(bits(got), bits(want))
 
 
+def test_a_named_cause_where_no_device_can_be_used(monkeypatch, module):
+    """What `unavailable` says: the driver's own words, or that there is no device."""
+    assert native_cuda.unavailable() is None
+    monkeypatch.setattr(module, "cuda_device_count", lambda: 0)
+    assert native_cuda.unavailable() == "the driver offers no CUDA device"
+
+    def without_driver():
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(module, "cuda_device_count", without_driver)
+    assert native_cuda.unavailable() == "CUDA driver version is insufficient for CUDA runtime version"
+    assert native.supports("perturb_", device="cuda", dtype=torch.float32).startswith("CUDA: CUDA driver version")
+    assert native.supports("perturb_", device="cpu", dtype=torch.float32) is None
+
+
 def test_errors_become_exceptions(module):
     out = torch.zeros(4)
     call = {"out": out.data_ptr(), "numel": 4, "dtype": 0, "seed": 1, "offset": 0, "distribution": 0}
@@ -157,9 +172,11 @@ def test_tt_factors_of_many_adapters_and_probes(cuda):
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda layout: f"{layout.width}-{layout.max_bond}")
 def test_tt_adapter(cuda, layout, dtype):
     theta = torch.randn(layout.numel) * 0.4
-    for act, (probes, tokens) in zip(checks.ACTS, ((1, 1), (5, 1), (3, 13), (2, 0), (1, 70))):
+    # Tiles of 16 tokens: whole, cut, and one that is cut within the 8 (or 4) tokens that a thread holds.
+    cases = [(1, 1, 0), (5, 1, 1), (3, 13, 0), (2, 0, 0), (1, 70, 2), (2, 32, 0), (2, 25, 8), (5, 1, 0)]
+    for act, (probes, tokens, by) in zip(checks.ACTS * 2, cases):
         factors = native.tt_factors(theta, layout, torch.arange(probes), torch.full((probes,), 0.1), 0, "gaussian")
-        _, x = misaligned(probes * tokens * layout.width, dtype, tokens % 3)
+        _, x = misaligned(probes * tokens * layout.width, dtype, by)
         x = x.copy_(torch.randn(x.shape)).view(probes, tokens, layout.width)
         y = cuda.tt_adapter(x, factors, layout, act, -0.7)
         oracle = reference.tt_adapter(x.double(), factors.double(), layout, act, -0.7)
@@ -242,6 +259,8 @@ def test_low_rank(cuda, dtype):
         (3, 13, 100, 5, 37),
         (2, 9, 2500, 12, 64),
         (1, 17, 7, 64, 3),
+        (2, 37, 72, 5, 40),
+        (1, 33, 2056, 6, 2064),
     ):
         x, base = torch.randn(probes, tokens, d_in).to(dtype), torch.randn(probes, tokens, d_out).to(dtype)
         left, right = torch.randn(probes, d_in, rank), torch.randn(probes, rank, d_out)
