@@ -31,6 +31,10 @@ def _probe():
 # What the decorator makes tells more than the environment variable, which may have been set too late.
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
+# `@helper` marks a function that kernels call. The interpreter needs milliseconds to enter what `triton.jit` made, so
+# there it stays a plain function, which runs as part of the kernel.
+helper = (lambda function: function) if INTERPRETED else triton.jit
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # Codes of dtypes and distributions in kernels, as in native_cuda.py.
@@ -67,14 +71,13 @@ def _fma_of_the_interpreter(a, b, c):
     return tl.fma(a, b, c)  # looked up when it runs: the interpreter puts its own in this place
 
 
-# fma(a, b, c) is a * b + c of float32, rounded once, in kernels. No kernel function itself: the interpreter needs
-# milliseconds to enter one.
+# fma(a, b, c) is a * b + c of float32, rounded once, in kernels.
 fma = tl.fma
 if INTERPRETED:
     fma = _fma_of_the_interpreter if VERSION >= (3, 9) else _fma_of_the_oracle
 
 
-@triton.jit
+@helper
 def widen(x):
     """float32 of a block of any dtype, exactly."""
     if _INTERPRETED:
@@ -87,7 +90,7 @@ def widen(x):
     return result
 
 
-@triton.jit
+@helper
 def narrow(x, DTYPE: tl.constexpr):
     """float32 to the dtype of the code DTYPE, to nearest even."""
     if DTYPE == FLOAT32:
@@ -105,7 +108,7 @@ def narrow(x, DTYPE: tl.constexpr):
     return result
 
 
-@triton.jit
+@helper
 def pointer(address, DTYPE: tl.constexpr):
     """The int64 `address` as a pointer to elements of the dtype of the code DTYPE."""
     if DTYPE == FLOAT32:

@@ -6,11 +6,10 @@ fused with the sum it feeds. Seeds are two words, `split_seed` makes them; indic
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from adazeta_kernels.backends.reference import rng as spec
-from adazeta_kernels.backends.triton.compat import RADEMACHER, fma
+from adazeta_kernels.backends.triton.compat import RADEMACHER, fma, helper
 
 _Q8, _Q7, _Q6, _Q5, _Q4, _Q3, _Q2, _Q1, _Q0 = (tl.constexpr(c) for c in spec.LOG)
 _S3, _S2, _S1, _S0 = (tl.constexpr(c) for c in spec.SIN)
@@ -19,13 +18,13 @@ _TWO_LN_2 = tl.constexpr(spec.TWO_LN_2)
 _TURN = tl.constexpr(2.0**-32)
 
 
-@triton.jit
+@helper
 def split_seed(seed):
     """Low and high word, uint32, of an int64 seed."""
     return seed.to(tl.uint32), (seed.to(tl.int64) >> 32).to(tl.uint32)
 
 
-@triton.jit
+@helper
 def philox(seed_lo, seed_hi, block):
     """The four words, uint32, of each block of the direction (section 1); `block` is an int64 tensor of any shape."""
     c0 = block.to(tl.uint32)
@@ -46,7 +45,7 @@ def philox(seed_lo, seed_hi, block):
     return c0, c1, c2, c3
 
 
-@triton.jit
+@helper
 def radius(w):
     """sqrt(-2 ln(((w >> 8) + 1) 2^-24)) (section 3)."""
     bits = ((w >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
@@ -63,7 +62,7 @@ def radius(w):
     return tl.sqrt_rn(fma((24 - e).to(tl.float32), _TWO_LN_2, a * q))
 
 
-@triton.jit
+@helper
 def sine_cosine(v):
     """Sine and cosine of the angle (v >> 8) 2^-24 turns within its quarter, and the number of that quarter, 0 to 3."""
     quarter = (v + 0x20000000) >> 30
@@ -78,14 +77,14 @@ def sine_cosine(v):
     return s * x, fma(c, y, 1.0), quarter
 
 
-@triton.jit
+@helper
 def _rotated(sine, cosine, quarter):
     """The cosine of an angle `quarter` quarter turns further; one quarter less gives its sine."""
     chosen = tl.where((quarter & 1) != 0, sine, cosine).to(tl.uint32, bitcast=True)
     return (chosen ^ (((quarter + 1) & 2) << 30)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@helper
 def normal_pair(w, v):
     """The two elements that words w and v give."""
     r = radius(w)
@@ -93,13 +92,13 @@ def normal_pair(w, v):
     return r * _rotated(sine, cosine, quarter), r * _rotated(sine, cosine, quarter + 3)
 
 
-@triton.jit
+@helper
 def _sign(word, bit):
     """+1 for a set bit, -1 for a clear one (section 4)."""
     return (0xBF800000 ^ (((word >> bit) & 1) << 31)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@helper
 def _word_of(w0, w1, w2, w3, k):
     """Word k, 0 to 3."""
     low = tl.where((k & 1) != 0, w1, w0)
@@ -107,7 +106,7 @@ def _word_of(w0, w1, w2, w3, k):
     return tl.where((k & 2) != 0, high, low)
 
 
-@triton.jit
+@helper
 def direction(seed_lo, seed_hi, index, DISTRIBUTION: tl.constexpr):
     """float32 z of each element index, an int64 tensor of any shape: a whole block is made for each.
 
@@ -130,7 +129,7 @@ def direction(seed_lo, seed_hi, index, DISTRIBUTION: tl.constexpr):
     return z
 
 
-@triton.jit
+@helper
 def direction4(seed_lo, seed_hi, block, DISTRIBUTION: tl.constexpr):
     """float32 z of elements 4 block .. 4 block + 3, as four tensors of the shape of `block` (int64).
 
@@ -148,7 +147,7 @@ def direction4(seed_lo, seed_hi, block, DISTRIBUTION: tl.constexpr):
     return z0, z1, z2, z3
 
 
-@triton.jit
+@helper
 def direction_tile(seed_lo, seed_hi, base, DISTRIBUTION: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """float32 z of elements base .. base + BLOCK - 1, shape (BLOCK,); `base` is an int64 scalar, a multiple of GROUP.
 

@@ -6,10 +6,9 @@ its tensor and on a 16-byte boundary of memory is read and written 16 bytes at a
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from adazeta_kernels.backends.triton.compat import FLOAT32, narrow, pointer, widen
+from adazeta_kernels.backends.triton.compat import FLOAT32, helper, narrow, pointer, widen
 
 ALIGNMENT = 8  # elements; what begins of tiles are multiples of
 
@@ -21,7 +20,7 @@ def tile_count(first_index: int, numel: int, block: int) -> int:
     return -(-(first_index % ALIGNMENT + numel) // block) if numel else 0
 
 
-@triton.jit
+@helper
 def tile_start(first_index, tile, BLOCK: tl.constexpr):
     """Index of the first element of a tile, and its position in the tensor, which is negative where index 0 of the
     tensor is no multiple of ALIGNMENT; int64."""
@@ -29,12 +28,12 @@ def tile_start(first_index, tile, BLOCK: tl.constexpr):
     return base, base - first_index
 
 
-@triton.jit
+@helper
 def _whole(start, position, numel, BLOCK: tl.constexpr):
     return (position >= 0) & (position + BLOCK <= numel) & ((start & 15) == 0)
 
 
-@triton.jit
+@helper
 def load_tile(address, position, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """float32 of elements position .. position + BLOCK - 1; 0 for those outside of the tensor."""
     start = address + position * (4 if DTYPE == FLOAT32 else 2)
@@ -47,7 +46,7 @@ def load_tile(address, position, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr
     return widen(loaded)
 
 
-@triton.jit
+@helper
 def store_tile(address, position, numel, value, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Round `value`, float32, and write what lies within the tensor."""
     start = address + position * (4 if DTYPE == FLOAT32 else 2)
