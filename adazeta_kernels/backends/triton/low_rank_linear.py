@@ -100,7 +100,7 @@ def run(x, base, left, right, bias, scale, configuration=None, shares=None) -> t
 
     codes = {"HAS_BASE": base is not None, "HAS_BIAS": bias is not None}
     ranks = {"RANK": token_launch.padded(rank)}
-    token_launch.run("low_rank", low_rank_kernel, x, ranks, arguments, codes, configuration, shares)
+    token_launch.run("low_rank", low_rank_kernel, x, d_out, ranks, arguments, codes, configuration, shares)
     return y
 
 
@@ -109,4 +109,6 @@ def specimens() -> list[launch.Specimen]:
     sizes = ("tokens", "d_in", "d_out", "rank", "left_stride", "right_stride", "bias_stride")
     signature = pointers | dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
     codes = {"HAS_BASE": True, "HAS_BIAS": True}
-    return token_launch.specimens("low_rank", low_rank_kernel, signature, ("RANK",), lambda rank: codes)
+    return token_launch.specimens(
+        "low_rank", low_rank_kernel, signature, ("d_in", "d_out"), ("RANK",), lambda rank: codes
+    )

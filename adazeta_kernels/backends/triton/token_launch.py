@@ -14,7 +14,7 @@ import torch
 import triton
 
 from adazeta_kernels.backends.triton import launch, tuning
-from adazeta_kernels.backends.triton.compat import INTERPRETED
+from adazeta_kernels.backends.triton.compat import BFLOAT16, FLOAT16, FLOAT32, INTERPRETED
 from adazeta_kernels.backends.triton.elementwise import DTYPES
 from adazeta_kernels.backends.triton.launch import Configuration, Limits
 from adazeta_kernels.backends.triton.token_tile import FINISH, PROJECT, WHOLE
@@ -23,8 +23,10 @@ LEAST = 16  # rows, and ranks, of a tensor core
 MAX_RANK = 64
 RANKS = (16, 32, 64)  # padded
 
-# Tokens of a tile, and columns of a block of the result at the least rank.
-_SHAPES = ((64, 64), (32, 128), (16, 128))
+# Tokens of a tile, columns of a block of the result at the least rank, and the most padded rank.
+_SHAPES = ((64, 64, 16), (32, 128, 64), (LEAST, 128, 64))
+_NARROW = 32  # columns at other ranks
+_VECTOR = 16  # widths that are multiples of it are read and written 16 bytes at a time
 _WARPS, _STAGES = 4, 3
 # Bytes of a tile of x: on every processor a few tiles are read twice, and all of them should stay in the cache.
 _CACHED_BYTES = 128 << 10
@@ -64,7 +66,8 @@ def candidates(rank: int, itemsize: int, width: int, limits: Limits, few: bool) 
     """Configurations for tokens of `width` numbers of `itemsize` bytes and a padded rank, the likely best first.
 
     Args:
-        few: tiles of the fewest tokens only.
+        few: tiles of the fewest tokens only: where tokens are few, and where columns have to be read one by one, which
+            takes more registers.
     """
     if INTERPRETED:  # as few operations as there can be
         return [Configuration((("TOKENS", LEAST if few else 64), ("WIDTH", 1024)))]
@@ -73,12 +76,12 @@ def candidates(rank: int, itemsize: int, width: int, limits: Limits, few: bool) 
 
 def fitting(rank: int, itemsize: int, width: int, limits: Limits, few: bool) -> list[Configuration]:
     """`candidates` for a GPU of such limits."""
-    shapes = [s for s in _SHAPES if s[0] == LEAST or not few]
+    shapes = [s for s in _SHAPES if (s[0] == LEAST or not few) and rank <= s[2]]
     # Large tiles read factors less often, as long as the cache holds them.
     shapes.sort(key=lambda shape: shape[0] * width * itemsize > _CACHED_BYTES)
     found = (
-        Configuration((("TOKENS", tokens), ("WIDTH", max(32, columns * LEAST // rank))), _WARPS, _STAGES)
-        for tokens, columns in shapes
+        Configuration((("TOKENS", tokens), ("WIDTH", columns if rank == LEAST else _NARROW)), _WARPS, _STAGES)
+        for tokens, columns, _ in shapes
     )
     return launch.configurations(found, partial(_need, rank, itemsize), limits)
 
@@ -95,6 +98,7 @@ def run(
     name: str,
     kernel,
     x: torch.Tensor,
+    d_out: int,
     ranks: dict[str, int],
     arguments: Callable[[torch.Tensor | None], tuple],
     codes: dict[str, int],
@@ -105,6 +109,7 @@ def run(
 
     Args:
         x: `(P, T, d)`, neither P nor T zero.
+        d_out: width of the result.
         ranks: name of the constexpr -> padded rank; the first is the rank that x is projected to.
         arguments: the kernel's arguments, given the memory for partial projections or None.
         codes: the other constexprs.
@@ -112,7 +117,9 @@ def run(
     """
     (probes, tokens, width), itemsize, widest = x.shape, x.element_size(), max(ranks.values())
     chunk = depth(widest, itemsize)
-    shares = splits(x.device, probes, tokens, width, chunk) if shares is None else shares
+    vectors = width % _VECTOR == 0 and d_out % _VECTOR == 0
+    if shares is None:
+        shares = splits(x.device, probes, tokens, width, chunk) if vectors else 1
     codes = codes | ranks | {"DEPTH": chunk, "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
 
     def go(configuration):
@@ -126,45 +133,48 @@ def run(
             launch.launch(kernel, tiles * shares, x.device, configuration, *rest, **codes, STAGE=stage.value)
 
     if configuration is None:
-        found = candidates(widest, itemsize, width, launch.limits(x.device), few=shares > 1)
-        shapes = (*launch.shape_class(probes, tokens, width), *ranks.values(), shares)
+        found = candidates(widest, itemsize, width, launch.limits(x.device), shares > 1 or not vectors)
+        shapes = (*launch.shape_class(probes, tokens, width, d_out), *ranks.values(), shares)
         # Measuring on the call's own memory is harmless: the result is written anew, the same, by every launch.
         configuration = tuning.choose(f"{name} {x.dtype}", shapes, found, x.device, lambda: go)
     go(configuration)
 
 
 def specimens(
-    name: str, kernel, signature: dict[str, str], ranks: tuple[str, ...], codes: Callable[[int], dict]
+    name: str,
+    kernel,
+    signature: dict[str, str],
+    widths: tuple[str, ...],
+    ranks: tuple[str, ...],
+    codes: Callable[[int], dict],
 ) -> list[launch.Specimen]:
     """A kernel under every configuration that `run` can choose on any GPU, for every dtype of x and padded rank.
 
     Args:
         signature: of all arguments but constexprs, x being of type "*x".
+        widths: names of the arguments that are widths.
         ranks: names of its constexprs that are padded ranks.
         codes: the other constexprs, given the padded rank.
     """
     found = []
-    dtypes = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "fp16": (torch.float16, 2)}
-    for (dtype, (of_torch, itemsize)), rank in product(dtypes.items(), RANKS):
+    pointers = tuple(key for key, value in signature.items() if value[0] == "*")
+    for (dtype, code), rank in product((("fp32", FLOAT32), ("bf16", BFLOAT16), ("fp16", FLOAT16)), RANKS):
+        itemsize = 4 if code == FLOAT32 else 2
         types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
-        constexprs = dict.fromkeys(ranks, rank) | codes(rank)
-        constexprs |= {"DEPTH": depth(rank, itemsize), "DTYPE": DTYPES[of_torch]}
-        for few, limits in ((False, launch.LIMITS["cuda", 90]), (True, launch.SMALLEST)):
-            for configuration in fitting(rank, itemsize, 0, limits, few):
-                sizes = dict(configuration.sizes)
-                for stage in (PROJECT, FINISH) if few else (WHOLE,):
-                    kind = {"STAGE": stage.value, "SPLITS": 8 if few else 1}
-                    label = f"{name} {dtype} rank={rank} {sizes['TOKENS']}x{sizes['WIDTH']} stage={stage.value}"
-                    absent = {} if few else {"partial": None}
-                    found.append(
-                        launch.Specimen(
-                            label,
-                            kernel,
-                            {key: value for key, value in types.items() if key not in absent},
-                            constexprs | sizes | kind | absent,
-                            configuration.num_warps,
-                            configuration.num_stages,
-                            tuple(key for key in types if types[key][0] == "*" and key not in absent),
-                        )
-                    )
+        fixed = dict.fromkeys(ranks, rank) | codes(rank) | {"DEPTH": depth(rank, itemsize), "DTYPE": code.value}
+        for stage, few, aligned in (
+            (WHOLE, False, (*pointers, *widths)),
+            (WHOLE, True, pointers),
+            (PROJECT, True, (*pointers, *widths)),
+            (FINISH, True, (*pointers, *widths)),
+        ):
+            for c in fitting(rank, itemsize, 0, launch.LIMITS["cuda", 90], few):
+                constexprs = fixed | dict(c.sizes) | {"STAGE": stage.value, "SPLITS": 1 if stage == WHOLE else 8}
+                if stage == WHOLE:
+                    constexprs["partial"] = None
+                label = f"{name} {dtype} rank={rank} {c['TOKENS']}x{c['WIDTH']} stage={stage.value}"
+                label += "" if aligned != pointers else " odd"
+                present = {key: value for key, value in types.items() if key not in constexprs}
+                multiples = tuple(key for key in aligned if key in present)
+                found.append(launch.Specimen(label, kernel, present, constexprs, c.num_warps, c.num_stages, multiples))
     return found

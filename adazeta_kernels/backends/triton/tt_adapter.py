@@ -166,7 +166,7 @@ def tt_adapter(
 
     ranks = {"RANK_DOWN": token_launch.padded(down), "RANK_UP": token_launch.padded(up)}
     codes = {"ACT": ACTS[act], "BIAS": layout.bias, "BOTTLENECK": _bottleneck(max(ranks.values()))}
-    token_launch.run("tt_adapter", tt_adapter_kernel, x, ranks, arguments, codes, configuration, shares)
+    token_launch.run("tt_adapter", tt_adapter_kernel, x, layout.width, ranks, arguments, codes, configuration, shares)
     return y
 
 
@@ -184,4 +184,6 @@ def specimens() -> list[launch.Specimen]:
     def codes(rank):
         return {"ACT": ACTS["gelu"], "BIAS": True, "BOTTLENECK": _bottleneck(rank)}
 
-    return token_launch.specimens("tt_adapter", tt_adapter_kernel, signature, ("RANK_DOWN", "RANK_UP"), codes)
+    return token_launch.specimens(
+        "tt_adapter", tt_adapter_kernel, signature, ("width",), ("RANK_DOWN", "RANK_UP"), codes
+    )

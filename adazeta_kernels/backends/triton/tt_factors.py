@@ -1,13 +1,11 @@
-"""tt_factors in Triton: the contracted cores of theta + scales[p] z(seeds[p]), all adapters and probes in one launch.
+"""tt_factors in Triton: the contracted cores of theta + scales[p] z(seeds[p]), all adapters and probes in two launches.
 
-A program has one of the four chains of cores (L and R of both maps) of one adapter at one probe. It perturbs the cores
-in registers, into memory of its own that stays in the cache, and contracts them as tt_plan.py lays out. theta is only
-read.
+A program has one of the four chains of cores (L and R of both maps) of one adapter at one probe. The first launch
+perturbs the cores, and the biases right into the result; the second contracts the cores as tt_plan.py lays out; theta
+is only read. One launch would need a barrier between its writes and reads, and Triton's orders no global memory on AMD.
 """
 
 from __future__ import annotations
-
-from itertools import product
 
 import torch
 import triton
@@ -16,8 +14,7 @@ import triton.language as tl
 from adazeta_kernels.backends.triton import launch, token_launch, tt_plan, tuning
 from adazeta_kernels.backends.triton.compat import INTERPRETED, fma, span
 from adazeta_kernels.backends.triton.elementwise import DISTRIBUTIONS
-from adazeta_kernels.backends.triton.products import parts
-from adazeta_kernels.backends.triton.products import product as exact_product
+from adazeta_kernels.backends.triton.products import parts, product
 from adazeta_kernels.backends.triton.rng import direction_tile, split_seed
 from adazeta_kernels.layout import TTAdapterLayout
 
@@ -78,7 +75,7 @@ def _side(index, cores, side, RANK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["probes", "numel", "factor_numel", "scratch_numel", "side", "offset"])
-def tt_factors_kernel(
+def perturb_cores_kernel(
     theta,
     out,
     scratch,
@@ -91,42 +88,55 @@ def tt_factors_kernel(
     side: tl.int32,
     offset: tl.int64,
     DISTRIBUTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The perturbed cores of a chain to `scratch`; its bias, behind R both in theta and in the result, to `out`.
+
+    `words` holds the seeds, then the bits of the scales, one 64-bit word each.
+    """
+    program = tl.program_id(0)
+    item = (program // 4).to(tl.int64)  # adapter times probes + probe
+    chain = table + program % 4 * (_HEAD + 2 * side)
+    rows, columns, core_count = tl.load(chain + _ROWS), tl.load(chain + _COLUMNS), tl.load(chain + _CORES)
+    cores = scratch + program.to(tl.int64) * scratch_numel
+    bias = out + item * factor_numel + tl.load(chain + _OUT) + rows * columns - core_count
+
+    probe = item % probes
+    seed_lo, seed_hi = split_seed(tl.load(words + probe))
+    scale = tl.load(words + probes + probe).to(tl.int32).to(tl.float32, bitcast=True)
+    begin = item // probes * numel + tl.load(chain + _BEGIN)
+    first = offset + begin
+    base = first & -4
+    count, lead = tl.load(chain + _COUNT), (first - base).to(tl.int32)
+    for block in span(0, count + lead, BLOCK):
+        at = block - lead + tl.arange(0, BLOCK)
+        inside = (at >= 0) & (at < count)
+        z = direction_tile(seed_lo, seed_hi, base + block, DISTRIBUTION, BLOCK, 4)
+        plain = tl.load(theta + begin + at, mask=inside, other=0.0)
+        moved = tl.where(scale == 0.0, plain, fma(z, scale, plain))  # 0 changes not even the sign of a zero
+        tl.store(cores + at, moved, mask=inside & (at < core_count))
+        tl.store(bias + at, moved, mask=inside & (at >= core_count))
+
+
+@triton.jit(do_not_specialize=["factor_numel", "scratch_numel", "side"])
+def contract_kernel(
+    out,
+    scratch,
+    table,
+    factor_numel: tl.int64,
+    scratch_numel: tl.int64,
+    side: tl.int32,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """PARTS programs share a chain. `words` holds the seeds, then the bits of the scales, one 64-bit word each."""
-    program = tl.program_id(0)
-    part = program % PARTS
-    chain = table + (program // PARTS) % 4 * (_HEAD + 2 * side)
-    item = (program // (4 * PARTS)).to(tl.int64)  # adapter times probes + probe
-    probe = item % probes
-    out += item * factor_numel + tl.load(chain + _OUT)
+    """The matrix of a chain, by PARTS programs."""
+    program, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    chain = table + program % 4 * (_HEAD + 2 * side)
+    out += (program // 4).to(tl.int64) * factor_numel + tl.load(chain + _OUT)
     cores = scratch + program.to(tl.int64) * scratch_numel
-    rows, columns = tl.load(chain + _ROWS), tl.load(chain + _COLUMNS)
-
-    seed_lo, seed_hi = split_seed(tl.load(words + probe))
-    scale = tl.load(words + probes + probe).to(tl.int32).to(tl.float32, bitcast=True)
-    begin = item // probes * numel + tl.load(chain + _BEGIN)
-    theta += begin
-    first = offset + begin
-    base = first & -4
-    core_count = tl.load(chain + _CORES)
-    count = tl.where(part == 0, tl.load(chain + _COUNT), core_count)  # the first of the programs has the bias
-    for block in span(0, count + (first - base).to(tl.int32), BLOCK):
-        at = (base - first).to(tl.int32) + block + tl.arange(0, BLOCK)
-        inside = (at >= 0) & (at < count)
-        z = direction_tile(seed_lo, seed_hi, base + block, DISTRIBUTION, BLOCK, 4)
-        plain = tl.load(theta + at, mask=inside, other=0.0)
-        moved = tl.where(scale == 0.0, plain, fma(z, scale, plain))  # 0 changes not even the sign of a zero
-        tl.store(cores + at, moved, mask=inside & (at < core_count))
-        # A bias lies behind R in theta and in the result.
-        tl.store(out + rows * columns - core_count + at, moved, mask=inside & (at >= core_count))
-    tl.debug_barrier()
-
-    left = chain + _HEAD
+    rows, columns, left = tl.load(chain + _ROWS), tl.load(chain + _COLUMNS), chain + _HEAD
     for row in span(part * ROWS, rows, PARTS * ROWS):
         r = row + tl.arange(0, ROWS)
         a = _side(r, cores, left, RANK)
@@ -137,7 +147,7 @@ def tt_factors_kernel(
                 c = column + tl.arange(0, COLUMNS)
                 b0, b1, b2 = parts(tl.trans(_side(c, cores, left + side, RANK)))
                 inside = (r < rows)[:, None] & (c < columns)[None, :]
-                tl.store(to + c[None, :], exact_product(a0, a1, a2, b0, b1, b2, 3), mask=inside)
+                tl.store(to + c[None, :], product(a0, a1, a2, b0, b1, b2, 3), mask=inside)
         else:
             c = tl.arange(0, RANK)[None, :]
             tl.store(to + c, a, mask=(r < rows)[:, None] & (c < columns))
@@ -165,22 +175,23 @@ def tt_factors(
     out = theta.new_empty(shape if adapters is None else (adapters, *shape))
     words = launch.to_device(torch.cat([seeds, scales.contiguous().view(torch.int32).long()]), theta.device)
     table = _table(layout, theta.device)
-    sizes = (probes, layout.numel, layout.factor_numel, plan.scratch, plan.side, offset)
-    rank = token_launch.padded(plan.rank)
+    device, rank = theta.device, token_launch.padded(plan.rank)
+    scratch = theta.new_empty(4 * items * plan.scratch)
+    sizes = (layout.factor_numel, plan.scratch, plan.side)
+    arguments = (theta, out, scratch, table, words, probes, layout.numel, *sizes, offset)
+    codes = {"DISTRIBUTION": DISTRIBUTIONS[distribution], "BLOCK": BLOCK}
+    launch.launch(perturb_cores_kernel, 4 * items, device, launch.Configuration(()), *arguments, **codes)
 
-    def go(configuration):
-        parts = _shares(theta.device, items, plan.rows, configuration) if shares is None else shares
-        programs = 4 * items * parts
-        scratch = theta.new_empty(programs * plan.scratch)
-        codes = {"DISTRIBUTION": DISTRIBUTIONS[distribution], "PARTS": parts, "RANK": rank, "BLOCK": BLOCK}
-        arguments = (theta, out, scratch, table, words, *sizes)
-        launch.launch(tt_factors_kernel, programs, theta.device, configuration, *arguments, **codes)
+    def contract(configuration):
+        programs = _shares(device, items, plan.rows, configuration) if shares is None else shares
+        codes, arguments = {"PARTS": programs, "RANK": rank}, (out, scratch, table, *sizes)
+        launch.launch(contract_kernel, 4 * items * programs, device, configuration, *arguments, **codes)
 
     if configuration is None:
-        found = candidates(rank, launch.limits(theta.device))
+        found = candidates(rank, launch.limits(device))
         shapes = (*launch.shape_class(items, layout.factor_numel, plan.rows), rank)
-        configuration = tuning.choose(f"tt_factors {distribution}", shapes, found, theta.device, lambda: go)
-    go(configuration)
+        configuration = tuning.choose("tt_factors", shapes, found, device, lambda: contract)
+    contract(configuration)
     return out
 
 
@@ -228,17 +239,19 @@ def _table(layout, device):
 
 
 def specimens() -> list[launch.Specimen]:
-    """A kernel for every distribution, padded rank and configuration."""
+    """Both kernels, for every distribution, padded rank and configuration."""
     pointers = {"theta": "*fp32", "out": "*fp32", "scratch": "*fp32", "table": "*i32", "words": "*i64"}
     sizes = dict.fromkeys(("probes", "numel", "factor_numel", "scratch_numel", "offset"), "i64") | {"side": "i32"}
     found = []
-    for rank, (distribution, code) in product(token_launch.RANKS, DISTRIBUTIONS.items()):
+    for distribution, code in DISTRIBUTIONS.items():
+        constexprs = {"DISTRIBUTION": code, "BLOCK": 512}
+        label, types = f"perturb_cores {distribution}", pointers | sizes
+        found.append(launch.Specimen(label, perturb_cores_kernel, types, constexprs, aligned=tuple(pointers)))
+    names = ("out", "scratch", "table")
+    types = {name: (pointers | sizes)[name] for name in (*names, "factor_numel", "scratch_numel", "side")}
+    for rank in token_launch.RANKS:
         for c in fitting(rank, launch.LIMITS["cuda", 90]):
-            label = f"tt_factors {distribution} rank={rank} {c['ROWS']}x{c['COLUMNS']}"
-            constexprs = {"DISTRIBUTION": code, "PARTS": 1, "RANK": rank, "BLOCK": BLOCK} | dict(c.sizes)
-            found.append(
-                launch.Specimen(
-                    label, tt_factors_kernel, pointers | sizes, constexprs, c.num_warps, aligned=tuple(pointers)
-                )
-            )
+            label = f"tt_factors rank={rank} {c['ROWS']}x{c['COLUMNS']}"
+            constexprs = {"PARTS": 1, "RANK": rank} | dict(c.sizes)
+            found.append(launch.Specimen(label, contract_kernel, types, constexprs, c.num_warps, aligned=names))
     return found
