@@ -152,7 +152,8 @@ def differentiable(op: str, backend: str | None) -> Callable:
     """
     name = requested(backend)
     refused = name not in ("auto", "reference")
-    if _explaining.get():
+    # torch.compile traces this function, and knows no ContextVar.
+    if not torch.compiler.is_compiling() and _explaining.get():
         no_backward = "inputs require grad, and only the reference has a backward"
         passed_over = {name: no_backward} if refused else {n: no_backward for n in NAMES[:-1] if name == "auto"}
         raise _Explained(Explanation(op, "inputs that require grad", None if refused else "reference", passed_over))
