@@ -5,8 +5,9 @@ So values do not depend on whose mathematical functions a GPU has. Errors are st
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from adazeta_kernels.backends.triton.compat import helper
 
 ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3, "identity": 4}
 
@@ -36,7 +37,7 @@ _P9, _P8, _P7, _P6, _P5, _P4, _P3, _P2, _P1, _P0 = (
 )
 
 
-@triton.jit
+@helper
 def _exponential(y):
     """`(power, rest)` with exp(y) = power (1 + rest), for y <= 0; below -87 the value at -87."""
     y = tl.where(y < -87.0, -87.0, y)
@@ -53,7 +54,7 @@ def _exponential(y):
     return power, tl.fma(f * f, e, f)
 
 
-@triton.jit
+@helper
 def _gelu(x):
     """x Phi(x), exact form, by Phi(-t) = exp(-t P(t)) / 2."""
     t = tl.abs(x)
@@ -72,7 +73,7 @@ def _gelu(x):
     return tl.where(x < 0.0, tail, x - tail)
 
 
-@triton.jit
+@helper
 def _silu(x):
     """x / (1 + exp(-x))."""
     power, rest = _exponential(-tl.abs(x))
@@ -80,7 +81,7 @@ def _silu(x):
     return tl.where(x < 0.0, x * e, x) / (1.0 + e)
 
 
-@triton.jit
+@helper
 def _tanh(x):
     """By m = exp(-2 |x|) - 1, which keeps its relative accuracy near 0."""
     power, rest = _exponential(-2.0 * tl.abs(x))
@@ -89,7 +90,7 @@ def _tanh(x):
     return tl.where(x < 0.0, size, -size)
 
 
-@triton.jit
+@helper
 def activate(x, ACT: tl.constexpr):
     """The activation of number ACT in ACTS."""
     if ACT == _RELU:

@@ -8,16 +8,15 @@ float32 mode of a tensor core, none of which is both exact enough and found ever
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from adazeta_kernels.backends.triton.compat import BFLOAT16, FLOAT16, INTERPRETED, narrow, widen
+from adazeta_kernels.backends.triton.compat import BFLOAT16, FLOAT16, INTERPRETED, helper, narrow, widen
 
 # The interpreter multiplies bfloat16 blocks by their bits; their numbers are exact as float32.
 _OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
-@triton.jit
+@helper
 def parts(v):
     """Three operands, bfloat16 on a GPU, whose sum is the float32 block v to rounding: largest first."""
     high = narrow(v, BFLOAT16)
@@ -27,7 +26,7 @@ def parts(v):
     return high.to(_OPERAND), middle.to(_OPERAND), low.to(_OPERAND)
 
 
-@triton.jit
+@helper
 def parts_of(x, DTYPE: tl.constexpr):
     """`parts` of a block of any dtype; `part_count` of them are not zero."""
     if DTYPE == BFLOAT16:
@@ -41,7 +40,7 @@ def parts_of(x, DTYPE: tl.constexpr):
     return parts(x)
 
 
-@triton.jit
+@helper
 def product(a0, a1, a2, b0, b1, b2, A_PARTS: tl.constexpr, COARSE: tl.constexpr = False):
     """float32 (m, n) of a (m, k) times b (k, n), given as parts.
 

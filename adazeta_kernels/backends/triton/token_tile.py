@@ -8,10 +8,9 @@ Blocks are padded with zeros to RANK columns: a power of two of at least 16, the
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from adazeta_kernels.backends.triton.compat import FLOAT16, FLOAT32, narrow, span, widen
+from adazeta_kernels.backends.triton.compat import FLOAT16, FLOAT32, helper, narrow, span, widen
 from adazeta_kernels.backends.triton.products import parts, parts_of, product
 
 # What a launch does: all of it; or only a part of the projection; or what follows the projection.
@@ -20,7 +19,7 @@ PROJECT = tl.constexpr(1)
 FINISH = tl.constexpr(2)
 
 
-@triton.jit
+@helper
 def tile_of_program(tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
     """Of this program: probe and first token of its tile, number of the tile, and which part of the columns it has."""
     program = tl.program_id(0)
@@ -29,14 +28,14 @@ def tile_of_program(tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
     return (tile // tiles).to(tl.int64), (tile % tiles) * TOKENS, tile.to(tl.int64), program % SPLITS
 
 
-@triton.jit
+@helper
 def columns_of_part(d, part, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """First column and end of a part of d columns, in whole blocks of BLOCK."""
     size = tl.cdiv(tl.cdiv(d, BLOCK), SPLITS) * BLOCK
     return part * size, tl.minimum(d, (part + 1) * size)
 
 
-@triton.jit
+@helper
 def project(
     x,
     present,
@@ -70,7 +69,7 @@ def project(
     return h
 
 
-@triton.jit
+@helper
 def expand(
     base,
     y,
@@ -116,14 +115,14 @@ def expand(
         tl.store(y + columns[None, :], narrow(out, DTYPE), mask=present & inside)
 
 
-@triton.jit
+@helper
 def store_partial(h, partial, tile, part, SPLITS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr):
     """Keep what one part of the columns projects to; `partial` is (tiles, SPLITS, TOKENS, RANK)."""
     at = tl.arange(0, TOKENS)[:, None] * RANK + tl.arange(0, RANK)[None, :]
     tl.store(partial + (tile * SPLITS + part) * (TOKENS * RANK) + at, h)
 
 
-@triton.jit
+@helper
 def sum_partials(partial, tile, SPLITS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr):
     """The whole projection, summed in the order of the columns: the same bits in every run."""
     at = tl.arange(0, TOKENS)[:, None] * RANK + tl.arange(0, RANK)[None, :]

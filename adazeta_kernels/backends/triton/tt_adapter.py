@@ -9,7 +9,7 @@ import triton.language as tl
 from adazeta_kernels.backends.native_cuda import dense_rows
 from adazeta_kernels.backends.triton import launch, token_launch
 from adazeta_kernels.backends.triton.activation import ACTS, activate
-from adazeta_kernels.backends.triton.compat import span
+from adazeta_kernels.backends.triton.compat import helper, span
 from adazeta_kernels.backends.triton.products import parts, product
 from adazeta_kernels.backends.triton.token_tile import (
     FINISH,
@@ -24,7 +24,7 @@ from adazeta_kernels.backends.triton.token_tile import (
 from adazeta_kernels.layout import TTAdapterLayout
 
 
-@triton.jit
+@helper
 def narrow_part(
     h,
     right,

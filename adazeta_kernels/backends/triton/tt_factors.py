@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from adazeta_kernels.backends.triton import launch, token_launch, tt_plan, tuning
-from adazeta_kernels.backends.triton.compat import INTERPRETED, fma, span
+from adazeta_kernels.backends.triton.compat import INTERPRETED, fma, helper, span
 from adazeta_kernels.backends.triton.elementwise import DISTRIBUTIONS
 from adazeta_kernels.backends.triton.products import parts, product
 from adazeta_kernels.backends.triton.rng import direction_tile, split_seed
@@ -43,14 +43,14 @@ _OFFSET, _DIMENSION, _DIVISOR, _DIGIT_STRIDE, _SUM_STRIDE, _OUT_STRIDE, _SUM_RAN
 )
 
 
-@triton.jit
+@helper
 def _core_rows(index, core):
     """Where the numbers that belong to rows `index` (n,) begin in a core."""
     digit = (index // tl.load(core + _DIVISOR)) % tl.load(core + _DIMENSION)
     return tl.load(core + _OFFSET) + digit * tl.load(core + _DIGIT_STRIDE)
 
 
-@triton.jit
+@helper
 def _side(index, cores, side, RANK: tl.constexpr):
     """Rows `index` of the left side of a chain, or columns of its right side: (n, RANK), zeros beyond the rank.
 
@@ -206,7 +206,7 @@ def candidates(rank: int, limits: launch.Limits) -> list[launch.Configuration]:
 
 def fitting(rank: int, limits: launch.Limits) -> list[launch.Configuration]:
     """Configurations for a GPU of such limits."""
-    shapes = ((64, 64), (32, 64), (32, 32))
+    shapes = ((64, 64), (32, 32))
     found = (launch.Configuration((("ROWS", rows), ("COLUMNS", columns))) for rows, columns in shapes)
 
     def need(c):
