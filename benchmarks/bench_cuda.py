@@ -1,17 +1,19 @@
-"""The native ops on a GPU: time by CUDA events, against a copy of as many bytes and against plain torch.
+"""The ops on a GPU, native and Triton: time by CUDA events, against a copy of as many bytes and against plain torch.
 
     python -m pytest benchmarks/bench_cuda.py --benchmark-only     skipped where torch sees no GPU
 
-`extra_info` holds, in microseconds, medians of native, copy and plain torch (null where a case has none), measured in
-turns; bytes that have to move; and what part of the copy's bandwidth was reached.
+`extra_info` holds, in microseconds, medians of native, Triton, copy and plain torch (null where a case has none),
+measured in turns; bytes that have to move; what part of the copy's bandwidth native reached, and what part of native's
+speed Triton.
 """
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
 
-from adazeta_kernels import TTAdapterLayout, perturb_, tt_adapter, tt_factors
+from adazeta_kernels import TTAdapterLayout, backends, perturb_, tt_adapter, tt_factors
 from adazeta_kernels.backends import native_cuda, reference
 
 pytestmark = [
@@ -37,18 +39,25 @@ def microseconds(functions):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def record(benchmark, native, moved, plain=None):
-    """Time native, a copy of `moved` bytes (read and written) and `plain`, then let pytest-benchmark time native."""
+def record(benchmark, call, moved, plain=None, *, triton=True):
+    """Time `call` of a backend, a copy of `moved` bytes (read and written) and `plain`, then let pytest-benchmark time
+    native. Where Triton cannot run, `triton_missing` holds the reason."""
     source = torch.empty(max(moved // 2, 1), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
+    native, missing = partial(call, "native"), backends()["triton"] if triton else "no such kernel"
     functions = {"native": native, "copy": lambda: target.copy_(source)}
+    if missing is None:
+        functions["triton"] = partial(call, "triton")
     median = microseconds(functions | ({"plain": plain} if plain else {}))
     benchmark.extra_info.update(
         bytes=moved,
         native_us=median["native"],
+        triton_us=median.get("triton"),
+        triton_missing=missing,
         copy_us=median["copy"],
         plain_us=median.get("plain"),
         percent_of_copy=100 * median["copy"] / median["native"],
+        triton_percent_of_native=100 * median["native"] / median["triton"] if missing is None else None,
         device=torch.cuda.get_device_name(),
     )
 
@@ -67,15 +76,19 @@ def bench_cuda_perturb(benchmark, dtype, distribution):
     def plain():
         theta.add_(torch.normal(0.0, 1.0, theta.shape, dtype=dtype, device="cuda"), alpha=1e-3)
 
-    def native():
-        perturb_([theta], [1], [1e-3], distribution=distribution, backend="native")
+    def call(backend):
+        perturb_([theta], [1], [1e-3], distribution=distribution, backend=backend)
 
-    record(benchmark, native, 2 * theta.nbytes, plain)
+    record(benchmark, call, 2 * theta.nbytes, plain)
 
 
 def bench_cuda_update_of_20_seeds(benchmark):
     theta, seeds, scales = torch.randn(10**6, device="cuda"), list(range(20)), [1e-3] * 20
-    record(benchmark, lambda: perturb_([theta], seeds, scales, decay=0.999, backend="native"), 2 * theta.nbytes)
+
+    def call(backend):
+        perturb_([theta], seeds, scales, decay=0.999, backend=backend)
+
+    record(benchmark, call, 2 * theta.nbytes)
 
 
 def bench_cuda_tt_factors(benchmark):
@@ -84,7 +97,7 @@ def bench_cuda_tt_factors(benchmark):
     theta = torch.randn(96 * layout.numel, device="cuda")
     seeds, scales = torch.arange(40), torch.full((40,), 1e-3)
     moved = 4 * 96 * 40 * layout.factor_numel + theta.nbytes
-    record(benchmark, lambda: tt_factors(theta, layout, seeds, scales, adapters=96, backend="native"), moved)
+    record(benchmark, lambda backend: tt_factors(theta, layout, seeds, scales, adapters=96, backend=backend), moved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,7 +110,7 @@ def bench_cuda_tt_adapter(benchmark, tokens, dtype):
     x = torch.randn(40, tokens, 4096, device="cuda").to(dtype)
     record(
         benchmark,
-        lambda: tt_adapter(x, factors, layout, backend="native"),
+        lambda backend: tt_adapter(x, factors, layout, backend=backend),
         2 * x.nbytes + factors.nbytes,
         lambda: reference.tt_adapter(x, factors, layout, "relu", 1.0),
     )
@@ -116,12 +129,13 @@ def bench_cuda_adapter_at_probes(benchmark, tokens, way):
     seeds, scales = torch.arange(40), torch.full((40,), 1e-3)
     x = torch.randn(40, tokens, 4096, device="cuda").bfloat16()
 
-    def two_ops():
-        factors = tt_factors(theta, layout, seeds, scales, backend="native")
-        return tt_adapter(x, factors, layout, backend="native")
+    def two_ops(backend):
+        factors = tt_factors(theta, layout, seeds, scales, backend=backend)
+        return tt_adapter(x, factors, layout, backend=backend)
 
-    def from_cores():
+    def from_cores(backend):
         return native_cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 0, "gaussian", "relu", 1.0)
 
-    torch.testing.assert_close(from_cores(), two_ops(), rtol=2**-7, atol=2**-7)
-    record(benchmark, {"two_ops": two_ops, "from_cores": from_cores}[way], 2 * x.nbytes + theta.nbytes)
+    torch.testing.assert_close(from_cores("native"), two_ops("native"), rtol=2**-7, atol=2**-7)
+    call = {"two_ops": two_ops, "from_cores": from_cores}[way]
+    record(benchmark, call, 2 * x.nbytes + theta.nbytes, triton=way == "two_ops")
