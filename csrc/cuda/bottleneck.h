@@ -53,14 +53,23 @@ __device__ __forceinline__ void narrow_part(const TTAdapterParams& p, const Fact
   }
   __syncthreads();
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  for (int i = warp; i < kTokens * p.rank_up; i += kWarps) {
-    const int t = i / p.rank_up, j = i % p.rank_up;
-    float sum = 0.0f;
-    for (int k = lane; k < p.bottleneck; k += kWarpLanes) {
-      sum = HardwareFma::apply(u[t * p.bottleneck + k], f.left_up[k * p.rank_up + j], sum);
+  for (int t = warp; t < kTokens; t += kWarps) {
+    for (int first = 0; first < p.rank_up; first += kRanks) {
+      float sum[kRanks] = {};
+      for (int k = lane; k < p.bottleneck; k += kWarpLanes) {
+        const float* row = f.left_up + k * p.rank_up + first;
+#pragma unroll
+        for (int j = 0; j < kRanks; ++j) {
+          sum[j] = HardwareFma::apply(u[t * p.bottleneck + k], first + j < p.rank_up ? row[j] : 0.0f, sum[j]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) sum[j] = warp_sum(sum[j]);
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) {
+        if (lane == 0 && first + j < p.rank_up) h[t * kMaxRank + first + j] = p.scale * sum[j];
+      }
     }
-    sum = warp_sum(sum);
-    if (lane == 0) h[t * kMaxRank + j] = p.scale * sum;
   }
   __syncthreads();
 }
