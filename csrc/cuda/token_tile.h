@@ -31,9 +31,9 @@ inline TokenTiles token_tiles(int64_t probes, int64_t tokens, int tile) {
   return {tokens, per_probe, probes * per_probe};
 }
 
-// Whether every token should get a block of its own: where a probe has too few for a tile to share its factors, or where
-// tiles would leave most processors idle. A tile reads the factors once, which by the bandwidths of an H100 takes as long
-// as 6 to 8 tokens do; no GPU has timed this yet.
+// Whether every token should get a block of its own: where a probe has too few for a tile to share its factors, or
+// where tiles would leave most processors idle. A tile reads the factors once, which by the bandwidths of an H100 takes
+// as long as 6 to 8 tokens do; no GPU has timed this yet.
 inline cudaError_t few_tokens(int device, int64_t probes, int64_t tokens, bool* few) {
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
