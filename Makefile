@@ -4,7 +4,8 @@
 #   TORCH=torch==2.13.0       which torch is installed first
 #   PYTEST_ARGS="-k spec"     more arguments for pytest
 #   ADAZETA_BUILD_CUDA=0|1    without or with CUDA (default: with it when nvcc works)
-#   CI=1                      test also style, builds, the oldest Triton, and every configuration of its kernels
+#   CI=1                      test also style, builds, the oldest Triton, and more configurations of its kernels
+#   ADAZETA_AOT=all           compile every Triton kernel that may run, for four GPUs (half an hour)
 
 PYTHON ?= python3
 # By name and before everything else: a range would take the newest torch, which may bring gigabytes of CUDA packages.

@@ -1,6 +1,8 @@
 """Which backend runs a call: by name, by environment, automatically; and what is said when it cannot."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -241,3 +243,25 @@ def test_explain_checks_as_the_op_does(native):
         kernels.explain("fill_normal_", torch.zeros(3).double(), 1)
     kernels.fill_normal_(torch.empty(3), 1)  # and afterwards ops run again
     assert Counting.calls
+
+
+def test_without_the_package_triton_its_backend_says_so():
+    code = """
+import sys
+
+sys.modules["triton"] = None  # as where it is not installed
+
+import torch
+
+import adazeta_kernels as kernels
+
+assert kernels.backends()["triton"].startswith("triton does not load ("), kernels.backends()
+try:
+    kernels.fill_normal_(torch.empty(3), 1, backend="triton")
+except RuntimeError as error:
+    assert "backend 'triton' cannot run fill_normal_" in str(error) and "does not load" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels, without a GPU, in a process of its own.
 
     reports(["perturb"], ["sm_90"])                     what the specimens of kernel files compile to
-    python aot.py fill_normal perturb --targets sm_90   the same as a table
+    python aot.py fill_normal perturb --targets sm_90   the same as a table; --resources FILE keeps it as JSON
 
 The process is fresh because kernels that the interpreter has decorated cannot be compiled. ptxas and the assembler of
 LLVM come with Triton.
@@ -109,13 +109,16 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--match", default="", help="regular expression on names of specimens")
     parser.add_argument("--json", action="store_true", help="whole reports, one a line")
+    parser.add_argument("--resources", type=Path, help="also write registers, spills and shared bytes to this file")
     arguments = parser.parse_args()
     files = [importlib.import_module(f"adazeta_kernels.backends.triton.{name}") for name in arguments.modules]
+    resources = []
     for specimen in (specimen for file in files for specimen in file.specimens()):
         if not re.search(arguments.match, specimen.name):
             continue
         for target in arguments.targets:
             report = compile_specimen(specimen, target)
+            resources.append({k: value for k, value in asdict(report).items() if k not in ("llir", "asm")})
             if arguments.json:
                 print(json.dumps(asdict(report)), flush=True)
             else:
@@ -124,6 +127,11 @@ def main() -> None:
                     f"{report.shared:6} bytes shared",
                     flush=True,
                 )
+    if arguments.resources:
+        import triton
+
+        lines = ",\n".join(json.dumps(kernel) for kernel in resources)
+        arguments.resources.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
