@@ -202,7 +202,7 @@ def _open(arguments):
         import torch
 
         torch.set_num_threads(values["threads"])
-    dtype = values["dtype"] if hasattr(arguments, "dtype") else None
+    dtype = None if values["dtype"] == "auto" else values["dtype"]
     return Classifier.open(arguments.name, task=task, dtype=dtype, say=say)
 
 

@@ -166,7 +166,14 @@ RUN = [
 ]
 MODEL = [
     Option("model", str, "base model: a folder with config.json, or 'smollm2' for the demo's", "smollm2"),
-    Option("dtype", str, "number format of the base model", "float32", choices=("float32", "bfloat16", "float16")),
+    Option(
+        "dtype",
+        str,
+        "number format of the base model; mixed: float32 with bfloat16 linear layers; auto: mixed in training where "
+        "the CPU is faster at it and --eps at least 0.01, else float32",
+        "auto",
+        choices=("auto", "float32", "mixed", "bfloat16", "float16"),
+    ),
     Option("threads", positive, "CPU threads", shown="all cores"),
 ]
 DATA = [

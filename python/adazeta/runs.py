@@ -93,6 +93,8 @@ def model_folder(name: str, say: Say = lambda line: None) -> Path:
 def load_base(name: str, *, dtype: str = "float32", say: Say = lambda line: None):
     """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
 
+    ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16.
+
     Raises:
         UserError: not a model folder, weights that cannot be read, or weights that are not finite.
     """
@@ -100,9 +102,12 @@ def load_base(name: str, *, dtype: str = "float32", say: Say = lambda line: None
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from adazeta.frozen import mix
+
     folder = model_folder(name, say)
+    stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -113,6 +118,8 @@ def load_base(name: str, *, dtype: str = "float32", say: Say = lambda line: None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
+    if dtype == "mixed":
+        mix(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -239,11 +239,17 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
 
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.demo import measure_memory
+    from adazeta.frozen import choose_dtype
     from adazeta.plots import draw_curves
     from adazeta.progress import read_metrics
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
+    if settings["dtype"] == "auto":
+        settings = {**settings, "dtype": choose_dtype(zo_config(settings, preset).eps)}
+        say(
+            f"base model in {settings['dtype']}{' (linear layers in bfloat16)' if settings['dtype'] == 'mixed' else ''}"
+        )
     classifier = new_classifier(settings, preset, say)
     model_bytes = resident_bytes() or 0
     held_out = splits["test"] if test else []

@@ -15,8 +15,9 @@ from tiny_run import adazeta, write_data, write_model
 from adazeta import cli, options, plots, trainer
 from adazeta.progress import Bar, read_metrics
 
+SAME_BITS = ("--threads", 1, "--dtype", "float32")  # wherever and whenever
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
-SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, "--threads", 1, *ADAPTER)
+SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *SAME_BITS, *ADAPTER)
 PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")
 
 
@@ -328,7 +329,7 @@ def test_bad_settings(world, capsys, tmp_path):
         (("--eps", -1), "eps must be positive"),
         (("--act", "swish"), "act must be one of"),
         (("--sites", "nowhere"), "adapter:"),
-        (("--dtype", "int8"), "--dtype: expected one of float32"),
+        (("--dtype", "int8"), "--dtype: expected one of auto, float32"),
         (("--rank", 1000), "adapter:"),
         (("--lr-schedule", "steep"), "steep"),
         (("--label-words", "negative=bad,positive=good"), "have several tokens"),

@@ -1,0 +1,79 @@
+"""Frozen linear layers in bfloat16 under float32 activations."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_run import adazeta, write_data, write_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from adazeta import frozen
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def models():
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64))
+    opt = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64))
+    return {"llama": llama, "opt": opt}  # without and with biases
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@torch.no_grad()
+def test_close_to_float32_and_half_the_memory(name):
+    model = models()[name].requires_grad_(False).eval()
+    ids = torch.arange(30).reshape(2, 15)
+    expected = model(ids).logits
+    mixed = copy.deepcopy(model)
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
+    assert frozen.mix(mixed) == len(linears) > 0
+    assert all(m.weight.dtype == torch.bfloat16 for m in mixed.modules() if isinstance(m, frozen.MixedLinear))
+    others = {n: p.dtype for n, p in mixed.named_parameters() if not (n.endswith("weight") and p.dim() == 2)}
+    assert set(others.values()) == {torch.float32}
+    result = mixed(ids).logits
+    assert result.dtype == torch.float32
+    error = (result - expected).norm() / expected.norm()
+    assert 0 < error < 2**-7  # a product errs by 2^-9 of its size
+    bytes_of = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (model, mixed)]
+    assert bytes_of[0] - bytes_of[1] == sum(2 * m.weight.numel() for m in linears)
+
+
+def test_layers_that_train_stay():
+    model = models()["llama"].requires_grad_(False)
+    trained = model.model.layers[0].mlp.up_proj.requires_grad_(True)
+    frozen.mix(model)
+    assert type(trained) is nn.Linear and trained.weight.dtype == torch.float32
+    assert isinstance(model.model.layers[1].mlp.up_proj, frozen.MixedLinear)
+
+
+@pytest.mark.parametrize(
+    ("eps", "pays", "expected"), [(0.03, True, "mixed"), (0.03, False, "float32"), (1e-3, True, "float32")]
+)
+def test_what_auto_stands_for(monkeypatch, eps, pays, expected):
+    monkeypatch.setattr(frozen, "bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert frozen.choose_dtype(eps) == expected
+
+
+def test_measuring_takes_no_random_numbers_and_answers():
+    state = torch.get_rng_state()
+    assert frozen.bfloat16_pays(size=32) in (True, False)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_run_remembers(tmp_path):
+    write_model(tmp_path / "base")
+    data = write_data(tmp_path / "data.jsonl")
+    small = ("--steps", 2, "--queries", 4, "--batch-size", 8, "--rank", 2, "--bottleneck", 8, "--sites", "mlp")
+    run = tmp_path / "run"
+    done = adazeta("train", "--model", tmp_path / "base", "--data", data, "--output", run, "--dtype", "mixed", *small)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((run / "adazeta.json").read_text())
+    assert (card["dtype"], card["settings"]["dtype"]) == ("mixed", "mixed")
+    outputs = [adazeta("predict", run, "a film", "--json", *more) for more in ((), ("--dtype", "mixed"))]
+    assert outputs[0].stdout == outputs[1].stdout != ""
+    other = json.loads(adazeta("predict", run, "a film", "--json", "--dtype", "float32").stdout)["probabilities"]
+    same = json.loads(outputs[0].stdout)["probabilities"]
+    assert same == pytest.approx(other, abs=1e-2)
