@@ -39,9 +39,9 @@ def padded(rank: int) -> int:
     return max(LEAST, triton.next_power_of_2(rank))
 
 
-def depth(rank: int, itemsize: int) -> int:
-    """Columns of a chunk whose products a tensor core sums, so that the chunk of a factor has 4 or 8 KiB."""
-    return 4096 // (itemsize * rank)
+def depth(rank: int) -> int:
+    """Columns of a chunk whose products a tensor core sums: 4 KiB of a factor, which threads hold in three parts."""
+    return max(LEAST, 1024 // rank)
 
 
 @cache
@@ -88,7 +88,7 @@ def fitting(rank: int, itemsize: int, width: int, limits: Limits, few: bool) -> 
 
 def _need(rank: int, itemsize: int, c: Configuration) -> Limits:
     """Chunks on their way, parts of a factor as operands, and a block of the result that changes threads."""
-    tokens, width, chunk = c["TOKENS"], c["WIDTH"], depth(rank, itemsize)
+    tokens, width, chunk = c["TOKENS"], c["WIDTH"], depth(rank)
     pipeline = (c.num_stages - 1) * (tokens * itemsize + 4 * rank) * chunk
     numbers = tokens * (width + 4 * rank) + 3 * rank * (chunk + width)
     return Limits(pipeline + 6 * rank * chunk + 4 * tokens * width, 80 + numbers // (32 * c.num_warps))
@@ -116,7 +116,7 @@ def run(
         configuration, shares: force them.
     """
     (probes, tokens, width), itemsize, widest = x.shape, x.element_size(), max(ranks.values())
-    chunk = depth(widest, itemsize)
+    chunk = depth(widest)
     vectors = width % _VECTOR == 0 and d_out % _VECTOR == 0
     if shares is None:
         shares = splits(x.device, probes, tokens, width, chunk) if vectors else 1
@@ -161,7 +161,7 @@ def specimens(
     for (dtype, code), rank in product((("fp32", FLOAT32), ("bf16", BFLOAT16), ("fp16", FLOAT16)), RANKS):
         itemsize = 4 if code == FLOAT32 else 2
         types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
-        fixed = dict.fromkeys(ranks, rank) | codes(rank) | {"DEPTH": depth(rank, itemsize), "DTYPE": code.value}
+        fixed = dict.fromkeys(ranks, rank) | codes(rank) | {"DEPTH": depth(rank), "DTYPE": code.value}
         for stage, few, aligned in (
             (WHOLE, False, (*pointers, *widths)),
             (WHOLE, True, pointers),
