@@ -87,8 +87,8 @@ def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
 
 
 def levels() -> list[str]:
-    """Instruction set levels that this CPU can run, best first: of "v4_bf16" (AVX-512 with BF16, for ops on tokens; else
-    as "v4"), "v4" (AVX-512), "v3" (AVX2 and FMA), "default"."""
+    """Instruction set levels that this CPU can run, best first: of "v4_bf16" (AVX-512 with BF16, for ops on tokens;
+    else as "v4"), "v4" (AVX-512), "v3" (AVX2 and FMA), "default"."""
     return _native.levels()
 
 
