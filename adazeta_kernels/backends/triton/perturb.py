@@ -6,7 +6,8 @@ element and dtype (column after column), then the seeds, then the bits of the sc
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
+
 import torch
 import triton
 import triton.language as tl
@@ -87,36 +88,37 @@ def perturb_(
 
     `configuration` forces one; the result is the same under all.
     """
-    numels = np.array([p.numel() for p in params], np.int64)
-    first = offset + (np.cumsum(numels) - numels)
-    present = np.flatnonzero(numels)
-    if not present.size:
+    params = [p for p in params if p.numel()]
+    if not params:
         return
-    params, numels, first = [params[i] for i in present], numels[present], first[present]
-    scales = scales.contiguous()
-    added = scales != 0  # a scale of 0 adds nothing, not even the sign of a zero
-    if not added.all():
-        seeds, scales = seeds[added], scales[added]
-    configuration = configuration or _choose(params, int(numels.sum()), len(seeds), distribution)
-    _run(params, numels, first, seeds, scales, decay, distribution, configuration)
+    # A scale of 0 adds nothing, not even the sign of a zero: its seed is left out. Scales travel as their bits.
+    pairs = zip(seeds.tolist(), scales.contiguous().view(torch.int32).tolist())
+    terms = [(seed, bits) for seed, bits in pairs if bits & 0x7FFFFFFF]
+    configuration = configuration or _choose(params, len(terms), distribution)
+    _run(params, terms, offset, decay, distribution, configuration)
 
 
-def _run(params, numels, first, seeds, scales, decay, distribution, configuration):
-    count, block = len(params), configuration["BLOCK"]
-    table = np.empty(5 * count + 2 * len(seeds), np.int64)
-    columns = table[: 5 * count].reshape(5, count)
-    tiles = [tile_count(index, numel, block) for index, numel in zip(first.tolist(), numels.tolist())]
-    columns[0] = np.cumsum(tiles) - tiles
-    columns[1] = [p.data_ptr() for p in params]
-    columns[2], columns[3] = numels, first
-    columns[4] = [DTYPES[p.dtype] for p in params]
-    table[5 * count :][: len(seeds)] = seeds.numpy()
-    table[5 * count + len(seeds) :] = scales.numpy().view(np.int32)
+def _run(params, terms, offset, decay, distribution, configuration):
+    block, numels = configuration["BLOCK"], [p.numel() for p in params]
+    tiles, first, tile, index = [], [], 0, offset
+    for numel in numels:
+        tiles.append(tile)
+        first.append(index)
+        tile += tile_count(index, numel, block)
+        index += numel
+    addresses, dtypes = [p.data_ptr() for p in params], [DTYPES[p.dtype] for p in params]
+    directions = [*(seed for seed, _ in terms), *(bits for _, bits in terms)]
+    words = array("q", [*tiles, *addresses, *numels, *first, *dtypes, *directions])
     device = params[0].device
-    on_device = launch.to_device(torch.from_numpy(table), device)
-    arguments = (on_device.data_ptr(), count, len(seeds), float(np.float32(decay)))
+    on_device = launch.to_device(torch.frombuffer(words, dtype=torch.int64), device)
+    arguments = (on_device.data_ptr(), len(params), len(terms), _float32(decay))
     codes = {"DTYPE": _dtype(params), "DISTRIBUTION": DISTRIBUTIONS[distribution]}
-    launch.launch(perturb_kernel, sum(tiles), device, configuration, *arguments, **codes)
+    launch.launch(perturb_kernel, tile, device, configuration, *arguments, **codes)
+
+
+def _float32(number):
+    """The number rounded to float32, infinite where it is too large, as every backend takes it."""
+    return number if number == 1.0 else torch.tensor(number, dtype=torch.float32, device="cpu").item()
 
 
 def _dtype(params):
@@ -124,18 +126,16 @@ def _dtype(params):
     return DTYPES[dtypes.pop()] if len(dtypes) == 1 else MIXED.value
 
 
-def _choose(params, numel, seed_count, distribution):
+def _choose(params, seed_count, distribution):
     dtype, device = _dtype(params), params[0].device
-    numel = elementwise.measured_numel(numel)
+    numel = elementwise.measured_numel(sum(p.numel() for p in params))
     seed_count = min(*launch.shape_class(seed_count), 32)
 
     def prepare():
         dtypes = DTYPES if dtype == MIXED.value else [params[0].dtype]
         scratch = [torch.zeros(-(-numel // len(dtypes)), dtype=d, device=device) for d in dtypes]
-        numels = np.array([s.numel() for s in scratch], np.int64)
-        seeds, scales = torch.arange(seed_count), torch.ones(seed_count)
-        lists = (scratch, numels, np.cumsum(numels) - numels, seeds, scales)
-        return lambda configuration: _run(*lists, 1.0, distribution, configuration)
+        terms = [(seed, 0x3F800000) for seed in range(seed_count)]  # scales of 1
+        return lambda configuration: _run(scratch, terms, 0, 1.0, distribution, configuration)
 
     candidates = elementwise.candidates(dtype, device, numel)
     return tuning.choose(f"perturb_ {dtype} {distribution}", (numel, seed_count), candidates, device, prepare)
