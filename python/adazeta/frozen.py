@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Products of bfloat16 numbers err by 2^-9 of their size. At eps .03 that left estimates unharmed (docs/guide.md); at
-# the paper's 1e-3 it would drown them.
-LEAST_EPS = 0.01
+# Products of bfloat16 numbers err by 2^-9 of their size. At eps .03 projected gradients correlate by .98 with float32's,
+# at .003 by .55 (docs/guide.md).
+LEAST_EPS = 0.03
 
 
 class MixedLinear(nn.Linear):

@@ -170,7 +170,7 @@ MODEL = [
         "dtype",
         str,
         "number format of the base model; mixed: float32 with bfloat16 linear layers; auto: mixed in training where "
-        "the CPU is faster at it and --eps at least 0.01, else float32",
+        "the CPU is faster at it and --eps at least 0.03, else float32",
         "auto",
         choices=("auto", "float32", "mixed", "bfloat16", "float16"),
     ),
