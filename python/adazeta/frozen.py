@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Products of bfloat16 numbers err by 2^-9 of their size. At eps .03 projected gradients correlate by .98 with float32's,
-# at .003 by .55 (docs/guide.md).
+# Products of bfloat16 numbers err by 2^-9 of their size. Projected gradients correlate with float32's by .98 at eps .03
+# and by .55 at .003 (docs/guide.md).
 LEAST_EPS = 0.03
 
 

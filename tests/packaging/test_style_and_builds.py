@@ -1,4 +1,4 @@
-"""What CI checks beside the behaviour: style, and the ways of installing. Minutes long, so only with CI=1."""
+"""What CI checks beside the behaviour: style, ways of installing, sanitizers. Minutes long, so only with CI=1."""
 
 import os
 import subprocess
@@ -14,7 +14,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("command", [["make", "lint"], ["scripts/check_packaging.sh"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["make", "lint"], ["scripts/check_packaging.sh"], ["scripts/check_sanitizers.sh"]], ids=" ".join
+)
 def test_check(command):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -109,6 +109,4 @@ def specimens() -> list[launch.Specimen]:
     sizes = ("tokens", "d_in", "d_out", "rank", "left_stride", "right_stride", "bias_stride")
     signature = pointers | dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
     codes = {"HAS_BASE": True, "HAS_BIAS": True}
-    return token_launch.specimens(
-        "low_rank", low_rank_kernel, signature, ("d_in", "d_out"), ("RANK",), lambda rank: codes
-    )
+    return token_launch.specimens("low_rank", low_rank_kernel, signature, ("d_in", "d_out"), ("RANK",), codes)

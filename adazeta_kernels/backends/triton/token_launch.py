@@ -146,7 +146,7 @@ def specimens(
     signature: dict[str, str],
     widths: tuple[str, ...],
     ranks: tuple[str, ...],
-    codes: Callable[[int], dict],
+    codes: dict,
 ) -> list[launch.Specimen]:
     """A kernel under every configuration that `run` can choose on any GPU, for every dtype of x and padded rank.
 
@@ -154,14 +154,14 @@ def specimens(
         signature: of all arguments but constexprs, x being of type "*x".
         widths: names of the arguments that are widths.
         ranks: names of its constexprs that are padded ranks.
-        codes: the other constexprs, given the padded rank.
+        codes: the other constexprs.
     """
     found = []
     pointers = tuple(key for key, value in signature.items() if value[0] == "*")
     for (dtype, code), rank in product((("fp32", FLOAT32), ("bf16", BFLOAT16), ("fp16", FLOAT16)), RANKS):
         itemsize = 4 if code == FLOAT32 else 2
         types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
-        fixed = dict.fromkeys(ranks, rank) | codes(rank) | {"DEPTH": depth(rank), "DTYPE": code.value}
+        fixed = dict.fromkeys(ranks, rank) | codes | {"DEPTH": depth(rank), "DTYPE": code.value}
         for stage, few, aligned in (
             (WHOLE, False, (*pointers, *widths)),
             (WHOLE, True, pointers),

@@ -23,6 +23,8 @@ from adazeta_kernels.backends.triton.token_tile import (
 )
 from adazeta_kernels.layout import TTAdapterLayout
 
+BOTTLENECK = 16  # columns of the bottleneck in one block, for few registers
+
 
 @helper
 def narrow_part(
@@ -165,14 +167,9 @@ def tt_adapter(
         return (x, y, factors, partial, *sizes, scale)
 
     ranks = {"RANK_DOWN": token_launch.padded(down), "RANK_UP": token_launch.padded(up)}
-    codes = {"ACT": ACTS[act], "BIAS": layout.bias, "BOTTLENECK": _bottleneck(max(ranks.values()))}
+    codes = {"ACT": ACTS[act], "BIAS": layout.bias, "BOTTLENECK": BOTTLENECK}
     token_launch.run("tt_adapter", tt_adapter_kernel, x, layout.width, ranks, arguments, codes, configuration, shares)
     return y
-
-
-def _bottleneck(rank: int) -> int:
-    """Columns of the bottleneck in one block."""
-    return max(16, 512 // rank)
 
 
 def specimens() -> list[launch.Specimen]:
@@ -181,9 +178,7 @@ def specimens() -> list[launch.Specimen]:
     sizes = ("tokens", "width", "bottleneck", "rank_down", "rank_up", "factor_stride")
     signature |= dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
 
-    def codes(rank):
-        return {"ACT": ACTS["gelu"], "BIAS": True, "BOTTLENECK": _bottleneck(rank)}
-
+    codes = {"ACT": ACTS["gelu"], "BIAS": True, "BOTTLENECK": BOTTLENECK}
     return token_launch.specimens(
         "tt_adapter", tt_adapter_kernel, signature, ("width",), ("RANK_DOWN", "RANK_UP"), codes
     )
