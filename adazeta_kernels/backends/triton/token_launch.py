@@ -31,7 +31,7 @@ _WARPS, _STAGES = 4, 3
 # Bytes of a tile of x: on every processor a few tiles are read twice, and all of them should stay in the cache.
 _CACHED_BYTES = 128 << 10
 _MOST_SPLITS = 16
-_CHUNKS_OF_A_SPLIT = 4  # at least, so that a program's loads overlap
+_COLUMNS_OF_A_SHARE = 256  # at least, so that a program's loads overlap
 
 
 def padded(rank: int) -> int:
@@ -39,9 +39,15 @@ def padded(rank: int) -> int:
     return max(LEAST, triton.next_power_of_2(rank))
 
 
-def depth(rank: int) -> int:
-    """Columns of a chunk whose products a tensor core sums: 4 KiB of a factor, which threads hold in three parts."""
-    return max(LEAST, 1024 // rank)
+def depth(rank: int, shared: bool = False) -> int:
+    """Columns of a chunk whose products a tensor core sums: as many as leave registers for the parts of a factor.
+
+    Args:
+        shared: several programs share a tile.
+    """
+    if rank > LEAST:
+        return LEAST
+    return 32 if shared else 64
 
 
 @cache
@@ -51,14 +57,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def splits(device: torch.device, probes: int, tokens: int, width: int, chunk: int) -> int:
-    """Programs that share a tile of the fewest tokens; 1 where tiles occupy the device anyway.
-
-    Args:
-        chunk: columns of a chunk, see `depth`.
-    """
+def splits(device: torch.device, probes: int, tokens: int, width: int) -> int:
+    """Programs that share a tile of the fewest tokens; 1 where tiles occupy the device anyway."""
     tiles = probes * triton.cdiv(tokens, LEAST)
-    shares = min(processors(device) // tiles, width // (chunk * _CHUNKS_OF_A_SPLIT), _MOST_SPLITS)
+    shares = min(processors(device) // tiles, width // _COLUMNS_OF_A_SHARE, _MOST_SPLITS)
     return max(shares, 1)
 
 
@@ -116,11 +118,10 @@ def run(
         configuration, shares: force them.
     """
     (probes, tokens, width), itemsize, widest = x.shape, x.element_size(), max(ranks.values())
-    chunk = depth(widest)
     vectors = width % _VECTOR == 0 and d_out % _VECTOR == 0
     if shares is None:
-        shares = splits(x.device, probes, tokens, width, chunk) if vectors else 1
-    codes = codes | ranks | {"DEPTH": chunk, "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
+        shares = splits(x.device, probes, tokens, width) if vectors else 1
+    codes = codes | ranks | {"DEPTH": depth(widest, shares > 1), "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
 
     def go(configuration):
         tiles = probes * triton.cdiv(tokens, configuration["TOKENS"])
@@ -161,7 +162,7 @@ def specimens(
     for (dtype, code), rank in product((("fp32", FLOAT32), ("bf16", BFLOAT16), ("fp16", FLOAT16)), RANKS):
         itemsize = 4 if code == FLOAT32 else 2
         types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
-        fixed = dict.fromkeys(ranks, rank) | codes | {"DEPTH": depth(rank), "DTYPE": code.value}
+        fixed = dict.fromkeys(ranks, rank) | codes | {"DTYPE": code.value}
         for stage, few, aligned in (
             (WHOLE, False, (*pointers, *widths)),
             (WHOLE, True, pointers),
@@ -170,6 +171,7 @@ def specimens(
         ):
             for c in fitting(rank, itemsize, 0, launch.LIMITS["cuda", 90], few):
                 constexprs = fixed | dict(c.sizes) | {"STAGE": stage.value, "SPLITS": 1 if stage == WHOLE else 8}
+                constexprs["DEPTH"] = depth(rank, stage != WHOLE)
                 if stage == WHOLE:
                     constexprs["partial"] = None
                 label = f"{name} {dtype} rank={rank} {c['TOKENS']}x{c['WIDTH']} stage={stage.value}"
