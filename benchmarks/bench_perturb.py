@@ -3,8 +3,9 @@
     make bench                                       JSON under benchmarks/results/local
     ADAZETA_BENCH_ELEMENTS=100000000 make bench      1e8 elements instead of 1.7e7
 
-Each record's `extra_info` holds bytes moved, medians in ms of alternating runs (native, copy, plain torch), their
-ratios, and elements per second. The reference is timed once, on fewer elements: an oracle, not a competitor.
+Each record's `extra_info` holds bytes moved, medians in ms of alternating runs (native, copy, negation in place, plain
+torch), their ratios, and elements per second. The reference is timed once, on fewer elements: an oracle, not a
+competitor.
 """
 
 import time
@@ -47,7 +48,13 @@ def record(benchmark, params, seeds, scales, distribution, others):
 
     elements = sum(p.numel() for p in params)
     moved = sum(2 * p.numel() * p.element_size() for p in params)
-    seconds = paired_seconds({"native": native, "copy": copy_function(moved), **others})
+    in_place = [torch.ones_like(p) for p in params]
+
+    def negate():
+        for param in in_place:
+            param.neg_()
+
+    seconds = paired_seconds({"native": native, "copy": copy_function(moved), "in_place": negate, **others})
     benchmark.extra_info.update(
         **machine(),
         elements=elements,
@@ -55,6 +62,7 @@ def record(benchmark, params, seeds, scales, distribution, others):
         bytes=moved,
         copy_gb_per_s=moved / seconds["copy"] / 1e9,
         percent_of_copy=100 * seconds["copy"] / seconds["native"],
+        percent_of_in_place=100 * seconds["in_place"] / seconds["native"],
         elements_per_s=elements * len(seeds) / seconds["native"],
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
         **{f"times_{name}": seconds[name] / seconds["native"] for name in others},
@@ -70,16 +78,17 @@ def bench_one_seed(benchmark, threads, dtype, distribution):
     benchmark.extra_info["reference_elements_per_s"] = reference_elements_per_second(dtype, distribution)
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("seeds", [2, 20])
-def bench_many_seeds(benchmark, threads, seeds):
+def bench_many_seeds(benchmark, threads, seeds, distribution):
     """An update of all queries in one pass, against one pass per query."""
-    params = [torch.randn(max(1, ELEMENTS // 16))]
+    params = [torch.randn(min(ELEMENTS, 10_000_000))]
 
     def one_by_one():
         for seed in range(seeds):
-            perturb_(params, [seed], [1e-3], backend="native")
+            perturb_(params, [seed], [1e-3], distribution=distribution, backend="native")
 
-    record(benchmark, params, list(range(seeds)), [1e-3] * seeds, "gaussian", {"one_by_one": one_by_one})
+    record(benchmark, params, list(range(seeds)), [1e-3] * seeds, distribution, {"one_by_one": one_by_one})
 
 
 def bench_many_tensors(benchmark, threads):

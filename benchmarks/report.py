@@ -41,6 +41,7 @@ COMMON = [
 COLUMNS = {
     "perturb_": [
         *COMMON,
+        ("of in place", "percent_of_in_place", percent),
         ("torch, ms", "torch_ms", milliseconds),
         ("against torch", "times_torch", times),
         ("against one seed a pass", "times_one_by_one", times),
