@@ -1,7 +1,7 @@
 """fill_normal_, perturb_ and perturb_rows compiled ahead of time for four GPUs: resources and instructions.
 
-Every configuration that tuning may choose, for every dtype and distribution, is compiled with CI=1 or ADAZETA_AOT=all
-(some minutes the first time, then Triton's cache has them); elsewhere one configuration is.
+Every configuration that tuning may choose, for every dtype and distribution, is compiled with ADAZETA_AOT=all (some
+minutes the first time, then Triton's cache has them); elsewhere one configuration is.
 """
 
 import os
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.slow
 
 @cache
 def _all_compiled():
-    every = os.environ.get("CI") or os.environ.get("ADAZETA_AOT") == "all"
-    return reports(MODULES, list(TARGETS), "" if every else FEW)
+    return reports(MODULES, list(TARGETS), "" if os.environ.get("ADAZETA_AOT") == "all" else FEW)
 
 
 def compiled(target):

@@ -7,6 +7,7 @@ The Triton of this environment runs them, and every one named by ADAZETA_TEST_TR
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ ROOT = HERE.parents[2]
 FOLDERS = ["", *filter(None, os.environ.get("ADAZETA_TEST_TRITON", "").split(os.pathsep))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: Path(folder).name or "installed")
-@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_interpreted_*.py")))
-def test_in_the_interpreter(file, folder):
+FILES = sorted(path.name for path in HERE.glob("test_interpreted_*.py"))
+
+
+def run(file, folder):
     path = [os.path.abspath(folder) if folder else "", str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -29,7 +30,21 @@ def test_in_the_interpreter(file, folder):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The interpreter takes one core and a minute a file: as many run at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(file, folder): pool.submit(run, file, folder) for file in reversed(FILES) for folder in FOLDERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: Path(folder).name or "installed")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(runs, file, folder):
+    done = runs[file, folder].result()
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
