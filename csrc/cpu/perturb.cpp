@@ -57,25 +57,42 @@ void add_normals_fetching(float* tile, const TileRange& range, uint64_t seed, fl
   }
 }
 
-void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
-  const TileRange range = tiling.range(index);
-  const int64_t position = tiling.position(range);
-  alignas(64) float tile[kTile];
-  if (range.first != 0 || range.last != kTile) memset(tile, 0, sizeof(tile));
-  for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
-    load(tile + place, tensor.data, tensor.dtype, begin, n, p.decay);
-  });
-  const bool fetch = p.seed_count > 0 && p.distribution == Distribution::kGaussian;
-  const Ahead ahead = fetch ? next_tile(p, position + range.last - range.first) : Ahead{nullptr, 0};
+void add_all(const PerturbParams& p, float* tile, const TileRange& range, const Ahead& ahead) {
   for (int64_t j = 0; j < p.seed_count; ++j) {
     // A zero scale adds nothing, not even the sign of a zero (docs/perturbation-spec.md, section 6).
     if (p.scales[j] == 0.0f) continue;
-    if (fetch && j == 0) {
+    if (j == 0 && p.distribution == Distribution::kGaussian) {
       add_normals_fetching(tile, range, p.seeds[j], p.scales[j], ahead);
     } else {
       add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
     }
   }
+}
+
+// Where the tile lies if all of it is float32 numbers of one tensor, else null.
+float* whole_tile(const PerturbParams& p, int64_t position, const TileRange& range) {
+  const int64_t t = find_tensor(p, position), end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+  const bool whole = range.first == 0 && range.last == kTile && position + kTile <= end;
+  if (!whole || p.tensors[t].dtype != Dtype::kFloat32) return nullptr;
+  return static_cast<float*>(p.tensors[t].data) + (position - p.tensors[t].begin);
+}
+
+void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
+  const TileRange range = tiling.range(index);
+  const int64_t position = tiling.position(range);
+  const Ahead ahead = next_tile(p, position + range.last - range.first);
+  if (float* theta = whole_tile(p, position, range)) {
+    if (p.decay != 1.0f) {
+      for (int i = 0; i < kTile; ++i) theta[i] *= p.decay;
+    }
+    return add_all(p, theta, range, ahead);
+  }
+  alignas(64) float tile[kTile];
+  if (range.first != 0 || range.last != kTile) memset(tile, 0, sizeof(tile));
+  for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
+    load(tile + place, tensor.data, tensor.dtype, begin, n, p.decay);
+  });
+  add_all(p, tile, range, ahead);
   for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
     store(tensor.data, tensor.dtype, begin, n, tile + place);
   });
