@@ -16,9 +16,9 @@ from adazeta_kernels import perturb_
 
 from .factors import FactorGroups
 
-#: Tokens per forward when the caller does not say. On a CPU rows get little cheaper above 256 tokens, and 384 keep the
-#: activations of an estimate within a few MiB of those of the frozen model.
-TOKENS_PER_FORWARD = {"cpu": 384, "default": 65536}
+#: Tokens per forward when the caller does not say. On a CPU rows get little cheaper above 256 tokens, and 256 keep the
+#: activations of a forward, with layers in float32 or bfloat16, within what a frozen forward takes and 16 MiB.
+TOKENS_PER_FORWARD = {"cpu": 256, "default": 65536}
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_plan_names_seed_scale_and_rows():
 
 def test_default_limit_keeps_whole_groups():
     plan = Plan(list(range(16)), 0.5, SIGNS, 8, 1)  # 4 probes per group
-    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 45, dtype=torch.long)}) == 8
+    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 30, dtype=torch.long)}) == 8
     assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}) == 1
 
 
