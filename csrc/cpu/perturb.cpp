@@ -16,13 +16,18 @@ int64_t find_tensor(const PerturbParams& p, int64_t position) {
   return low;
 }
 
+// Position behind the last element of tensor t.
+int64_t tensor_end(const PerturbParams& p, int64_t t) {
+  return t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+}
+
 // Calls visit(tensor, first element in it, place in the tile, count) for each piece of a tensor in the tile.
 template <class Visit>
 ADAZETA_HD void for_pieces(const PerturbParams& p, int64_t position, const TileRange& range, Visit visit) {
   int64_t t = find_tensor(p, position);
   for (int place = range.first; place < range.last; ++t) {
     const TensorRef& tensor = p.tensors[t];
-    const int64_t end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+    const int64_t end = tensor_end(p, t);
     const int left = range.last - place;
     const int n = end - position < left ? static_cast<int>(end - position) : left;
     visit(tensor, position - tensor.begin, place, n);
@@ -39,8 +44,7 @@ struct Ahead {
 
 Ahead next_tile(const PerturbParams& p, int64_t position) {
   if (position >= p.numel) return {nullptr, 0};
-  const int64_t t = find_tensor(p, position);
-  const int64_t end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
+  const int64_t t = find_tensor(p, position), end = tensor_end(p, t);
   const int64_t n = end - position < kTile ? end - position : kTile, size = element_size(p.tensors[t].dtype);
   return {static_cast<const char*>(p.tensors[t].data) + (position - p.tensors[t].begin) * size, n * size};
 }
@@ -57,11 +61,12 @@ void add_normals_fetching(float* tile, const TileRange& range, uint64_t seed, fl
   }
 }
 
-void add_all(const PerturbParams& p, float* tile, const TileRange& range, const Ahead& ahead) {
+void add_all(const PerturbParams& p, float* tile, const TileRange& range, int64_t position) {
   for (int64_t j = 0; j < p.seed_count; ++j) {
     // A zero scale adds nothing, not even the sign of a zero (docs/perturbation-spec.md, section 6).
     if (p.scales[j] == 0.0f) continue;
     if (j == 0 && p.distribution == Distribution::kGaussian) {
+      const Ahead ahead = next_tile(p, position + range.last - range.first);
       add_normals_fetching(tile, range, p.seeds[j], p.scales[j], ahead);
     } else {
       add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
@@ -71,28 +76,27 @@ void add_all(const PerturbParams& p, float* tile, const TileRange& range, const 
 
 // Where the tile lies if all of it is float32 numbers of one tensor, else null.
 float* whole_tile(const PerturbParams& p, int64_t position, const TileRange& range) {
-  const int64_t t = find_tensor(p, position), end = t + 1 < p.tensor_count ? p.tensors[t + 1].begin : p.numel;
-  const bool whole = range.first == 0 && range.last == kTile && position + kTile <= end;
-  if (!whole || p.tensors[t].dtype != Dtype::kFloat32) return nullptr;
+  if (range.first != 0 || range.last != kTile) return nullptr;
+  const int64_t t = find_tensor(p, position);
+  if (position + kTile > tensor_end(p, t) || p.tensors[t].dtype != Dtype::kFloat32) return nullptr;
   return static_cast<float*>(p.tensors[t].data) + (position - p.tensors[t].begin);
 }
 
 void perturb_tile(const PerturbParams& p, const Tiling& tiling, int64_t index) {
   const TileRange range = tiling.range(index);
   const int64_t position = tiling.position(range);
-  const Ahead ahead = next_tile(p, position + range.last - range.first);
   if (float* theta = whole_tile(p, position, range)) {
     if (p.decay != 1.0f) {
       for (int i = 0; i < kTile; ++i) theta[i] *= p.decay;
     }
-    return add_all(p, theta, range, ahead);
+    return add_all(p, theta, range, position);
   }
   alignas(64) float tile[kTile];
   if (range.first != 0 || range.last != kTile) memset(tile, 0, sizeof(tile));
   for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
     load(tile + place, tensor.data, tensor.dtype, begin, n, p.decay);
   });
-  add_all(p, tile, range, ahead);
+  add_all(p, tile, range, position);
   for_pieces(p, position, range, [&](const TensorRef& tensor, int64_t begin, int place, int n) {
     store(tensor.data, tensor.dtype, begin, n, tile + place);
   });

@@ -40,14 +40,13 @@ def mix(model: nn.Module) -> int:
 
 def bfloat16_pays(size: int = 512, repeats: int = 5) -> bool:
     """Tell whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones, by trying."""
-    x, weight = torch.ones(size, size), torch.ones(size, size)
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = x.to(dtype), weight.to(dtype)
+        matrix = torch.ones(size, size, dtype=dtype)
         seconds = []
         for _ in range(repeats + 1):  # the first also sets the library up
             start = time.perf_counter()
-            F.linear(left, right)
+            F.linear(matrix, matrix)
             seconds.append(time.perf_counter() - start)
         best[dtype] = min(seconds)
     return best[torch.float32] >= 1.5 * best[torch.bfloat16]
