@@ -36,28 +36,40 @@ ADAZETA_HD void for_pieces(const PerturbParams& p, int64_t position, const TileR
   }
 }
 
-// The memory that the next tile begins with: as much of it as lies in one tensor.
-struct Ahead {
-  const char* data;
-  int64_t bytes;
-};
+// Asks for the cache lines of a stretch of the concatenation, a part at a time.
+class Fetcher {
+ public:
+  Fetcher(const PerturbParams& p, int64_t position) : p_(p), position_(position) {
+    if (position < p.numel) tensor_ = find_tensor(p, position);
+  }
+  // The next `count` elements, as far as there are any.
+  void fetch(int64_t count) {
+    const int64_t last = count < p_.numel - position_ ? position_ + count : p_.numel;
+    while (position_ < last) {
+      const TensorRef& tensor = p_.tensors[tensor_];
+      const int64_t end = tensor_end(p_, tensor_), stop = end < last ? end : last, size = element_size(tensor.dtype);
+      const char* data = static_cast<const char*>(tensor.data);
+      for (int64_t at = (position_ - tensor.begin) * size; at < (stop - tensor.begin) * size; at += 64) {
+        __builtin_prefetch(data + at, 1);
+      }
+      position_ = stop;
+      tensor_ += stop == end;
+    }
+  }
 
-Ahead next_tile(const PerturbParams& p, int64_t position) {
-  if (position >= p.numel) return {nullptr, 0};
-  const int64_t t = find_tensor(p, position), end = tensor_end(p, t);
-  const int64_t n = end - position < kTile ? end - position : kTile, size = element_size(p.tensors[t].dtype);
-  return {static_cast<const char*>(p.tensors[t].data) + (position - p.tensors[t].begin) * size, n * size};
-}
+ private:
+  const PerturbParams& p_;
+  int64_t position_, tensor_ = 0;
+};
 
 // add_direction on the whole tile. Making normals leaves the memory idle: meanwhile the next tile's cache lines are
 // fetched, evenly spread, where the hardware would begin only when they are asked for.
-void add_normals_fetching(float* tile, const TileRange& range, uint64_t seed, float scale, const Ahead& ahead) {
-  int64_t fetched = 0;
+void add_normals_fetching(float* tile, const TileRange& range, uint64_t seed, float scale, Fetcher next) {
   for (int first = range.first, last; first < range.last; first = last) {
     last = (first / kGroupWords + 1) * kGroupWords;
     if (last > range.last) last = range.last;
     add_direction(tile, {range.base, first, last}, seed, scale, Distribution::kGaussian);
-    for (; fetched < ahead.bytes * last / kTile; fetched += 64) __builtin_prefetch(ahead.data + fetched, 1);
+    next.fetch(kGroupWords);
   }
 }
 
@@ -66,8 +78,8 @@ void add_all(const PerturbParams& p, float* tile, const TileRange& range, int64_
     // A zero scale adds nothing, not even the sign of a zero (docs/perturbation-spec.md, section 6).
     if (p.scales[j] == 0.0f) continue;
     if (j == 0 && p.distribution == Distribution::kGaussian) {
-      const Ahead ahead = next_tile(p, position + range.last - range.first);
-      add_normals_fetching(tile, range, p.seeds[j], p.scales[j], ahead);
+      const Fetcher next(p, position + range.last - range.first);
+      add_normals_fetching(tile, range, p.seeds[j], p.scales[j], next);
     } else {
       add_direction(tile, range, p.seeds[j], p.scales[j], p.distribution);
     }
