@@ -215,7 +215,7 @@ def tt_factors(
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
-        return run(theta, layout, seeds, scales, offset, distribution, rows, adapters=adapters)
+        return _of_adapters(run(theta, layout, seeds, scales, offset, distribution, rows), adapters)
     args = (theta, layout._encoded, seeds, scales, offset, adapters, distribution, backend)
     return torch.ops.adazeta.tt_factors.default(*args)
 
@@ -230,7 +230,12 @@ def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, ba
     if run is dispatch.reference("tt_factors"):
         # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
         args += (dispatch.select("perturb_rows", backend, theta.device, theta.dtype),)
-    return run(*args, adapters=adapters)
+    return _of_adapters(run(*args), adapters)
+
+
+def _of_adapters(factors, adapters):
+    """Backends give `(A, P, F)`; without a count of adapters there is one, and no first dimension."""
+    return factors[0] if adapters is None else factors
 
 
 def _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution):

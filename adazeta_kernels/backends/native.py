@@ -172,20 +172,19 @@ def tt_factors(
     offset: int,
     distribution: str,
     *,
-    adapters: int | None = None,
     level: str = "auto",
 ) -> torch.Tensor:
-    """Factors `(P, F)`, with `adapters` `(A, P, F)`, of theta + scales[p] z(seeds[p]); see ops.tt_factors."""
+    """Factors `(A, P, F)` of theta + scales[p] z(seeds[p]), theta holding A adapters; see ops.tt_factors."""
     if theta.is_cuda:
-        return native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution, adapters=adapters)
+        return native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution)
     theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
-    shape = (seeds.numel(), layout.factor_numel)
-    out = theta.new_empty(shape if adapters is None else (adapters, *shape))
+    adapters = theta.numel() // layout.numel
+    out = theta.new_empty((adapters, seeds.numel(), layout.factor_numel))
     _native.tt_factors(
         theta.data_ptr(),
         out.data_ptr(),
         layout._encoded,
-        adapters or 1,
+        adapters,
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),

@@ -102,25 +102,18 @@ def tt_factors(
     scales: torch.Tensor,
     offset: int,
     distribution: str,
-    *,
-    adapters: int | None = None,
 ) -> torch.Tensor:
-    """Factors `(P, F)` of theta + scales[p] z(seeds[p]); see ops.tt_factors.
-
-    With `adapters` = A, theta holds that many adapters of one layout, one behind the other, and the result of the one
-    launch is `(A, P, F)`.
-    """
+    """Factors `(A, P, F)` of theta + scales[p] z(seeds[p]), theta holding A adapters; see ops.tt_factors."""
     theta, seeds, scales = theta.contiguous(), seeds.contiguous(), scales.contiguous()
-    count, where = adapters or 1, _where(theta)
-    shape = (seeds.numel(), layout.factor_numel)
-    out = theta.new_empty(shape if adapters is None else (adapters, *shape))
+    adapters, where = theta.numel() // layout.numel, _where(theta)
+    out = theta.new_empty((adapters, seeds.numel(), layout.factor_numel))
     floats = _native.cuda_tt_factors_scratch(layout._encoded, where)
-    scratch = theta.new_empty(count * seeds.numel() * floats) if floats else None
+    scratch = theta.new_empty(adapters * seeds.numel() * floats) if floats else None
     _native.cuda_tt_factors(
         theta.data_ptr(),
         out.data_ptr(),
         layout._encoded,
-        count,
+        adapters,
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),

@@ -161,11 +161,11 @@ def test_the_last_layout_needs_device_memory(module):
 def test_tt_factors_of_many_adapters_and_probes(cuda):
     layout = TTAdapterLayout.auto(24, 8, 2)
     theta, seeds, scales = torch.randn(2 * layout.numel), torch.arange(260), torch.randn(260)
-    got = cuda.tt_factors(theta, layout, seeds, scales, 41, "gaussian", adapters=2)
+    got = cuda.tt_factors(theta, layout, seeds, scales, 41, "gaussian")
     assert got.shape == (2, 260, layout.factor_numel)
     for adapter, part in enumerate(theta.split(layout.numel)):
         one = cuda.tt_factors(part, layout, seeds, scales, 41 + adapter * layout.numel, "gaussian")
-        assert torch.equal(got[adapter], one)
+        assert torch.equal(got[adapter], one[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +175,7 @@ def test_tt_adapter(cuda, layout, dtype):
     # Tiles of 16 tokens: whole, cut, and one that is cut within the 8 (or 4) tokens that a thread holds.
     cases = [(1, 1, 0), (5, 1, 1), (3, 13, 0), (2, 0, 0), (1, 70, 2), (2, 32, 0), (2, 25, 8), (5, 1, 0)]
     for act, (probes, tokens, by) in zip(checks.ACTS * 2, cases):
-        factors = native.tt_factors(theta, layout, torch.arange(probes), torch.full((probes,), 0.1), 0, "gaussian")
+        factors = native.tt_factors(theta, layout, torch.arange(probes), torch.full((probes,), 0.1), 0, "gaussian")[0]
         _, x = misaligned(probes * tokens * layout.width, dtype, by)
         x = x.copy_(torch.randn(x.shape)).view(probes, tokens, layout.width)
         y = cuda.tt_adapter(x, factors, layout, act, -0.7)
@@ -194,7 +194,7 @@ def adapter_case(layout, probes, tokens, dtype):
     """x, theta, seeds, scales and the factors of a call."""
     theta, seeds, scales = torch.randn(layout.numel) * 0.4, torch.arange(probes) - 2, torch.randn(probes) * 0.1
     x = torch.randn(probes, tokens, layout.width).to(dtype)
-    return x, theta, seeds, scales, native.tt_factors(theta, layout, seeds, scales, 5, "gaussian")
+    return x, theta, seeds, scales, native.tt_factors(theta, layout, seeds, scales, 5, "gaussian")[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,7 +230,7 @@ def test_tt_adapter_from_cores(cuda, name, dtype):
         scales[0] = 0.0
         y = cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 2**33 + 3, distribution, act, -0.7)
         factors, exact = (
-            reference.tt_factors(t, layout, seeds, scales, 2**33 + 3, distribution) for t in (theta, theta.double())
+            reference.tt_factors(t, layout, seeds, scales, 2**33 + 3, distribution)[0] for t in (theta, theta.double())
         )
         oracle = reference.tt_adapter(x.double(), exact, layout, act, -0.7)
         assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)

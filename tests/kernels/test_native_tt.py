@@ -115,11 +115,11 @@ def test_factors_are_those_of_the_perturbed_cores(layout, level, distribution):
     theta = torch.randn(layout.numel) * 0.3
     seeds, scales = torch.tensor([0, 7, -1]), torch.tensor([0.0, 1e-3, -0.5])
     offset = 2**33 + 5
-    factors = native.tt_factors(theta, layout, seeds, scales, offset, distribution, level=level)
+    factors = native.tt_factors(theta, layout, seeds, scales, offset, distribution, level=level)[0]
     for probe, (seed, scale) in enumerate(zip(seeds.tolist(), scales.tolist(), strict=True)):
         moved = theta.clone()
         perturb_([moved], [seed % 2**64], [scale], offset=offset, distribution=distribution)
-        alone = native.tt_factors(moved, layout, seeds[:1], scales[:1], offset, distribution, level=level)
+        alone = native.tt_factors(moved, layout, seeds[:1], scales[:1], offset, distribution, level=level)[0]
         assert torch.equal(factors[probe], alone[0])
         plain, exact = (reference.contract_cores(m[None], layout) for m in (moved, moved.double()))
         blocks = (layout.split_factors(f) for f in (alone, plain, exact))
@@ -170,7 +170,7 @@ def test_threads_do_not_change_a_bit(level, tokens, dtype):
             torch.set_num_threads(threads)
             results.append(
                 [
-                    native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", adapters=3, level=level),
+                    native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", level=level),
                     native.tt_adapter(x, factors, layout, "gelu", 0.5, level=level),
                     native.tt_linear(x2, left, right, bias, level=level),
                     native.low_rank_linear(x2, base, left, right, 0.5, level=level),
@@ -229,7 +229,7 @@ def test_nothing_is_written_beyond_the_result(level, tokens, dtype):
         threads,
         level,
     )
-    expected = native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", adapters=3, level=level)
+    expected = native.tt_factors(theta, layout, seeds, scales, 3, "gaussian", level=level)
     assert torch.equal(guarded[64:-64].view_as(expected), expected)
     assert (guarded[:64] == 7).all() and (guarded[-64:] == 7).all()
 

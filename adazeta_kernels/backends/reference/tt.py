@@ -26,11 +26,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _BLOCK = 1 << 18
 
 
-def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows, *, adapters=None):
+def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
     """Perturb a copy of theta per probe and contract it. `perturb_rows` may come from a faster backend."""
     rows = probe_rows(theta, seeds, scales, offset, distribution, perturb_rows)
-    if adapters is None:
-        return contract_cores(rows, layout)
     # One product per adapter, on dense rows: together with others it might sum in another order.
     return torch.stack([contract_cores(part.contiguous(), layout) for part in rows.split(layout.numel, dim=1)])
 

@@ -161,18 +161,17 @@ def tt_factors(
     offset: int,
     distribution: str,
     *,
-    adapters: int | None = None,
     configuration: launch.Configuration | None = None,
     shares: int | None = None,
 ) -> torch.Tensor:
-    """Factors `(P, F)` of theta + scales[p] z(seeds[p]), `(adapters, P, F)` of that many; see ops.tt_factors.
+    """Factors `(A, P, F)` of theta + scales[p] z(seeds[p]), theta holding A adapters; see ops.tt_factors.
 
     `configuration` forces one, `shares` how many programs share a chain; the result is the same under all.
     """
     theta, plan = theta.contiguous(), tt_plan.plan(layout)
-    probes, items = seeds.numel(), (adapters or 1) * seeds.numel()
-    shape = (probes, layout.factor_numel)
-    out = theta.new_empty(shape if adapters is None else (adapters, *shape))
+    adapters, probes = theta.numel() // layout.numel, seeds.numel()
+    items = adapters * probes
+    out = theta.new_empty((adapters, probes, layout.factor_numel))
     words = launch.to_device(torch.cat([seeds, scales.contiguous().view(torch.int32).long()]), theta.device)
     table = _table(layout, theta.device)
     device, rank = theta.device, token_launch.padded(plan.rank)

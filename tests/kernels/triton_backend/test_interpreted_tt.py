@@ -61,7 +61,7 @@ def assert_factors(layout, distribution="gaussian", **forced):
     rows = backend.perturb_rows(theta, seeds, scales, offset, distribution)
     assert torch.equal(rows[0], theta)
     plain, exact = (layout.split_factors(reference.contract_cores(r, layout)) for r in (rows, rows.double()))
-    factors = backend.tt_factors(theta, layout, seeds, scales, offset, distribution, **forced)
+    factors = backend.tt_factors(theta, layout, seeds, scales, offset, distribution, **forced)[0]
     assert factors.shape == (2, layout.factor_numel)
     for position, (a, b, c) in enumerate(zip(layout.split_factors(factors), plain, exact, strict=True)):
         if position in (2, 5):  # a bias is not contracted

@@ -85,7 +85,6 @@ def test_tt_factors(layout, distribution):
                 scales,
                 offset,
                 distribution,
-                adapters=3,
                 configuration=configuration,
                 shares=shares,
             )
@@ -97,7 +96,7 @@ def test_tt_factors(layout, distribution):
                     else:
                         assert_as_exact_as(x, y, z)
     if layout.max_bond <= 64:
-        other = native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution, adapters=3)
+        other = native_cuda.tt_factors(theta, layout, seeds, scales, offset, distribution)
         torch.testing.assert_close(got, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
