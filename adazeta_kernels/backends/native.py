@@ -26,7 +26,6 @@ except ImportError as error:
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
-_OPS = ("fill_normal_", "perturb_", "perturb_rows", "tt_factors", "tt_adapter", "tt_linear", "low_rank_linear")
 _FLOAT32_ONLY = ("perturb_rows", "tt_factors")
 
 
@@ -47,8 +46,6 @@ def supports(
         rank: the largest bond between L and R.
         bottleneck: width between the two maps.
     """
-    if op not in _OPS:
-        return f"no native kernel of {op} yet"
     if device == "cuda":
         if reason := native_cuda.unavailable():
             return f"CUDA: {reason}"
