@@ -22,18 +22,40 @@ from adazeta_kernels.backends import reference as _reference
 NAMES = ("native", "triton", "reference")
 ENVIRONMENT = "ADAZETA_BACKEND"
 
-# Order in which "auto" tries backends for tensors on a GPU, per op. On the CPU it is native, then the reference.
-# No GPU has timed native against Triton yet: the order is the expected one, and the same for every op and shape.
-# Where a measurement (benchmarks/bench_launch.py, bench_cuda.py) says otherwise, edit the line of the op.
-GPU_ORDER = {
-    "fill_normal_": NAMES,
-    "perturb_": NAMES,
-    "perturb_rows": NAMES,
-    "tt_factors": NAMES,
-    "tt_adapter": NAMES,
-    "tt_linear": NAMES,
-    "low_rank_linear": NAMES,
+UNMEASURED = "the expected order, no GPU has timed native against Triton yet"
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which backends are tried for a class of shapes.
+
+    Attributes:
+        shapes: the class, in words.
+        most: size -> the most of it that belongs to the class; {} is no bound. Sizes are those that ops.py hands to
+            `select`; a bound on one that `rounded` makes is a power of two.
+        names: backends, the one to try first in front.
+        reason: the measurement behind the order.
+    """
+
+    shapes: str = "any shape"
+    most: dict[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] = NAMES
+    reason: str = UNMEASURED
+
+
+# What "auto" tries for tensors on a GPU: of an op's lines the first whose bounds hold, so the last one has none.
+# Where a measurement (benchmarks/bench_launch.py, bench_cuda.py) says otherwise, put a line in front, such as
+#     Order("few tokens", {"tokens": 64}, ("triton", "native", "reference"), "H100: 1.2 times native's speed"),
+GPU_ORDER: dict[str, tuple[Order, ...]] = {
+    "fill_normal_": (Order(),),
+    "perturb_": (Order(),),
+    "perturb_rows": (Order(),),
+    "tt_factors": (Order(),),
+    "tt_adapter": (Order(),),
+    "tt_linear": (Order(),),
+    "low_rank_linear": (Order(),),
 }
+CPU_ORDER = Order(names=("native", "reference"), reason="Triton's interpreter is for tests, and runs by name only")
 
 _log = logging.getLogger("adazeta_kernels")
 _choices: dict[tuple, Callable] = {}
@@ -49,16 +71,19 @@ class Explanation:
         where: dtype and device of the tensors.
         backend: name of the backend that runs it; None where the call raises.
         passed_over: name of each backend that comes earlier -> why it is not taken.
+        order: what was tried, for which shapes and why.
     """
 
     op: str
     where: str
     backend: str | None
-    passed_over: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, str]
+    order: Order
 
     def __str__(self) -> str:
         lines = [f"{self.op} for {self.where} runs on {self.backend or 'no backend'}"]
-        return "\n".join(lines + [f"  not on {name}: {reason}" for name, reason in self.passed_over.items()])
+        lines += [f"  not on {name}: {reason}" for name, reason in self.passed_over.items()]
+        return "\n".join([*lines, f"  {self.order.shapes}: {', '.join(self.order.names)} ({self.order.reason})"])
 
 
 class _Explained(BaseException):
@@ -117,7 +142,10 @@ def requested(backend: str | None) -> str:
 
 
 def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, **sizes: int) -> Callable:
-    """Find the function that runs `op` for these arguments; `sizes` are those that a backend may limit.
+    """Find the function that runs `op` for these arguments.
+
+    Args:
+        sizes: what a backend may limit (cores, rank, bottleneck), and what GPU_ORDER may tell shapes by.
 
     Raises:
         ValueError: an unknown backend name.
@@ -130,6 +158,11 @@ def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     if key not in _choices:
         _choices[key] = _choose(op, name, device, dtype, sizes)
     return _choices[key]
+
+
+def rounded(size: int) -> int:
+    """The next power of two: few values, for sizes that only tell classes of shapes apart."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 def reference(op: str) -> Callable:
@@ -153,8 +186,10 @@ def differentiable(op: str, backend: str | None) -> Callable:
     # torch.compile traces this function, and knows no ContextVar.
     if not torch.compiler.is_compiling() and _explaining.get():
         no_backward = "inputs require grad, and only the reference has a backward"
-        passed_over = {name: no_backward} if refused else {n: no_backward for n in NAMES[:-1] if name == "auto"}
-        raise _Explained(Explanation(op, "inputs that require grad", None if refused else "reference", passed_over))
+        order = Order(names=NAMES if name == "auto" else (name,), reason="inputs require grad")
+        passed_over = {n: no_backward for n in order.names if n != "reference"}
+        backend = None if refused else "reference"
+        raise _Explained(Explanation(op, "inputs that require grad", backend, passed_over, order))
     if refused:
         raise RuntimeError(
             f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
@@ -179,15 +214,21 @@ def _choose(op, name, device, dtype, sizes):
 
 def _explanation(op, name, device, dtype, sizes) -> Explanation:
     """The first backend that can run the call, of those that may, and why each one before it cannot."""
-    # Triton needs a GPU; its interpreter on the CPU is for tests, by name.
-    automatic = GPU_ORDER[op] if device.type != "cpu" else tuple(n for n in NAMES if n != "triton")
-    passed_over, where = {}, f"{dtype} on {device.type}"
-    for candidate in automatic if name == "auto" else (name,):
+    order, passed_over, where = _order(op, name, device, sizes), {}, f"{dtype} on {device.type}"
+    for candidate in order.names:
         reason = _why_not(candidate, op, device, dtype, sizes)
         if reason is None:
-            return Explanation(op, where, candidate, passed_over)
+            return Explanation(op, where, candidate, passed_over, order)
         passed_over[candidate] = reason
-    return Explanation(op, where, None, passed_over)
+    return Explanation(op, where, None, passed_over, order)
+
+
+def _order(op, name, device, sizes) -> Order:
+    if name != "auto":
+        return Order(names=(name,), reason="named by the call or the environment")
+    if device.type == "cpu":
+        return CPU_ORDER
+    return next(o for o in GPU_ORDER[op] if all(sizes[size] <= most for size, most in o.most.items()))
 
 
 def _why_not(name, op, device, dtype, sizes) -> str | None:

@@ -73,7 +73,7 @@ def _fill_normal_(out, seed, offset, distribution, backend):
     checks.writable("fill_normal_", (out,), offset)
     checks.one_of("fill_normal_", "distribution", distribution, checks.DISTRIBUTIONS)
     checks.in_memory("fill_normal_", out=out)
-    run = dispatch.select("fill_normal_", backend, out.device, out.dtype)
+    run = dispatch.select("fill_normal_", backend, out.device, out.dtype, elements=dispatch.rounded(out.numel()))
     run(out, seed % 2**64, offset, distribution)
 
 
@@ -140,7 +140,8 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     _perturb_arguments(seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
     checks.finite_scales("perturb_", scales)
-    run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype)
+    tensors = dispatch.rounded(len(params))
+    run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype, tensors=tensors)
     run(params, seeds, scales, offset, decay, distribution)
 
 
@@ -215,7 +216,8 @@ def tt_factors(
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
-        return _of_adapters(run(theta, layout, seeds, scales, offset, distribution, rows), adapters)
+        factors = run(theta, layout, seeds, scales, offset, distribution, rows)
+        return factors[0] if adapters is None else factors
     args = (theta, layout._encoded, seeds, scales, offset, adapters, distribution, backend)
     return torch.ops.adazeta.tt_factors.default(*args)
 
@@ -225,16 +227,13 @@ def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, ba
     _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
     checks.finite_scales("tt_factors", scales)
     checks.in_memory("tt_factors", theta=theta)
-    run = dispatch.select("tt_factors", backend, theta.device, theta.dtype, cores=layout.max_cores)
+    sizes = {"cores": layout.max_cores, "probes": dispatch.rounded(seeds.numel())}
+    run = dispatch.select("tt_factors", backend, theta.device, theta.dtype, **sizes)
     args = (theta, layout, seeds, scales, offset, distribution)
     if run is dispatch.reference("tt_factors"):
         # Generating the directions is most of the work: take it from the fastest backend, the bits are the same.
         args += (dispatch.select("perturb_rows", backend, theta.device, theta.dtype),)
-    return _of_adapters(run(*args), adapters)
-
-
-def _of_adapters(factors, adapters):
-    """Backends give `(A, P, F)`; without a count of adapters there is one, and no first dimension."""
+    factors = run(*args)
     return factors[0] if adapters is None else factors
 
 
@@ -308,7 +307,9 @@ def _tt_adapter(x, factors, layout, act, scale, backend):
     _tt_adapter_checks(x, factors, layout, act, scale)
     checks.in_memory("tt_adapter", x=x, factors=factors)
     sizes = {"cores": layout.max_cores, "rank": layout.max_bond, "bottleneck": layout.bottleneck}
-    return dispatch.select("tt_adapter", backend, x.device, x.dtype, **sizes)(x, factors, layout, act, scale)
+    sizes["tokens"] = dispatch.rounded(x.shape[:2].numel())
+    run = dispatch.select("tt_adapter", backend, x.device, x.dtype, **sizes)
+    return run(x, factors, layout, act, scale)
 
 
 def _tt_adapter_checks(x, factors, layout, act, scale):
@@ -372,7 +373,9 @@ def tt_linear(
 def _tt_linear(x, L, R, bias, backend):
     checks.tt_linear(x, L, R, bias)
     checks.in_memory("tt_linear", x=x, L=L, R=R, bias=bias)
-    return dispatch.select("tt_linear", backend, x.device, x.dtype, rank=L.shape[2])(x, L, R, bias)
+    sizes = {"rank": L.shape[2], "tokens": dispatch.rounded(x.shape[:2].numel())}
+    run = dispatch.select("tt_linear", backend, x.device, x.dtype, **sizes)
+    return run(x, L, R, bias)
 
 
 def _tt_linear_fake(x, L, R, bias, backend):
@@ -432,7 +435,8 @@ def _low_rank_linear(x, base, A, B, scale, backend):
     checks.low_rank_linear(x, base, A, B)
     checks.finite("low_rank_linear", "scale", scale)
     checks.in_memory("low_rank_linear", x=x, base=base, A=A, B=B)
-    run = dispatch.select("low_rank_linear", backend, x.device, x.dtype, rank=A.shape[2])
+    sizes = {"rank": A.shape[2], "tokens": dispatch.rounded(x.shape[:2].numel())}
+    run = dispatch.select("low_rank_linear", backend, x.device, x.dtype, **sizes)
     return run(x, base, A, B, scale)
 
 

@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 
 def supports(
-    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 0, bottleneck: int = 0
+    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 0, bottleneck: int = 0, **sizes: int
 ) -> str | None:
     """None, or why the native kernels do not run `op` on such tensors.
 

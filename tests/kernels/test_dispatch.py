@@ -188,26 +188,99 @@ def test_order_on_a_gpu_and_reasons_logged_once(native, caplog):
     assert dispatch.select("fill_normal_", None, torch.device("cpu"), torch.float32) is reference.fill_normal_
 
 
-def test_the_order_of_an_op_can_be_edited(native, monkeypatch):
-    native(Counting, triton=Counting)
-    monkeypatch.setitem(dispatch.GPU_ORDER, "fill_normal_", ("reference", "native"))
-    assert dispatch.select("fill_normal_", None, torch.device("cuda"), torch.float32) is reference.fill_normal_
+def test_the_order_depends_on_the_class_of_shapes(native, monkeypatch):
+    """The first line whose bounds all hold decides, and explain names it."""
+
+    class EveryOp(Counting):
+        @staticmethod
+        def supports(op, *, device, dtype, **sizes):
+            return None
+
+        tt_linear = "Triton's"
+
+    native(Absent, triton=EveryOp)
+    orders = (
+        dispatch.Order("few tokens, low rank", {"tokens": 64, "rank": 16}, ("reference",), "measured so"),
+        dispatch.Order("few tokens", {"tokens": 64}, ("native", "reference"), "measured otherwise"),
+        dispatch.Order("many tokens"),
+    )
+    monkeypatch.setitem(dispatch.GPU_ORDER, "tt_linear", orders)
+    gpu = torch.device("cuda")
+    for tokens, rank, order, backend in (
+        (1, 1, orders[0], "reference"),
+        (64, 16, orders[0], "reference"),
+        (64, 17, orders[1], "reference"),
+        (65, 16, orders[2], "triton"),
+        (10**9, 64, orders[2], "triton"),
+    ):
+        sizes = {"tokens": dispatch.rounded(tokens), "rank": rank}
+        found = dispatch._explanation("tt_linear", "auto", gpu, torch.float32, sizes)
+        assert (found.order, found.backend) == (order, backend), (tokens, rank)
+        run = dispatch.select("tt_linear", None, gpu, torch.float32, **sizes)
+        assert run == (reference.tt_linear if backend == "reference" else EveryOp.tt_linear)
+    found = dispatch._explanation("tt_linear", "auto", gpu, torch.float32, {"tokens": 64, "rank": 17})
+    assert str(found) == (
+        "tt_linear for torch.float32 on cuda runs on reference\n"
+        "  not on native: the extension was not built\n"
+        "  few tokens: native, reference (measured otherwise)"
+    )
+    # Neither the CPU nor a name asks the table.
+    assert (
+        dispatch._explanation("tt_linear", "auto", torch.device("cpu"), torch.float32, {}).order is dispatch.CPU_ORDER
+    )
+    assert dispatch._explanation("tt_linear", "triton", gpu, torch.float32, {}).backend == "triton"
 
 
-def test_orders_are_given_for_every_op():
+def test_sizes_are_rounded_to_powers_of_two():
+    assert [dispatch.rounded(n) for n in (0, 1, 2, 3, 64, 65, 2**40 + 1)] == [0, 1, 2, 4, 64, 128, 2**41]
+
+
+@pytest.fixture
+def calls():
+    """Op -> arguments of one call."""
+    layout = TTAdapterLayout.auto(24, 8, 2)
+    factors, x = torch.zeros(1, layout.factor_numel), torch.zeros(1, 3, 24)
+    left, right = torch.zeros(1, 24, 2), torch.zeros(1, 2, 8)
+    return {
+        "fill_normal_": (torch.zeros(5), 1),
+        "perturb_": ([torch.zeros(5)], [1], [1.0]),
+        "tt_factors": (torch.zeros(layout.numel), layout, [1], [1.0]),
+        "tt_adapter": (x, factors, layout),
+        "tt_linear": (x, left, right),
+        "low_rank_linear": (x, torch.zeros(1, 3, 8), left, right),
+    }
+
+
+def test_the_table_has_every_op_and_bounds_of_sizes_that_ops_tell(monkeypatch, calls):
     assert set(reference.__all__) - {"supports", "unavailable"} == set(dispatch.GPU_ORDER)
-    assert all(set(order) <= set(dispatch.NAMES) for order in dispatch.GPU_ORDER.values())
+    told, select = {"perturb_rows": {}}, dispatch.select
+
+    def recording(op, *args, **sizes):
+        told.setdefault(op, sizes)
+        return select(op, *args, **sizes)
+
+    monkeypatch.setattr(dispatch, "select", recording)
+    for op, args in calls.items():
+        getattr(kernels, op)(*args)
+    assert told["tt_linear"] == {"rank": 2, "tokens": 4}
+    for op, orders in dispatch.GPU_ORDER.items():
+        assert not orders[-1].most, f"{op}: some shapes have no order"
+        for order in orders:
+            assert set(order.names) <= set(dispatch.NAMES) and set(order.most) <= set(told[op]), order
+            assert order.names == dispatch.NAMES or order.reason != dispatch.UNMEASURED, order
 
 
 def test_explain_tells_what_would_run_and_why(native, monkeypatch):
     native(Absent)
     out = torch.zeros(3)
     found = kernels.explain("fill_normal_", out, 1)
+    why_not = {"native": "the extension was not built"}
     assert found == dispatch.Explanation(
-        "fill_normal_", "torch.float32 on cpu", "reference", {"native": "the extension was not built"}
+        "fill_normal_", "torch.float32 on cpu", "reference", why_not, dispatch.CPU_ORDER
     )
     assert str(found) == (
-        "fill_normal_ for torch.float32 on cpu runs on reference\n  not on native: the extension was not built"
+        "fill_normal_ for torch.float32 on cpu runs on reference\n  not on native: the extension was not built\n"
+        "  any shape: native, reference (Triton's interpreter is for tests, and runs by name only)"
     )
     assert kernels.explain(kernels.perturb_, [out], [1], [1.0], backend="native").backend is None
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
@@ -215,24 +288,18 @@ def test_explain_tells_what_would_run_and_why(native, monkeypatch):
     assert not out.any(), "explaining ran the op"
 
 
-def test_explain_of_every_op_and_of_gradients(native):
+def test_explain_of_every_op_and_of_gradients(native, calls):
     native(Counting)
-    layout = TTAdapterLayout.auto(24, 8, 2)
-    theta = torch.zeros(layout.numel, requires_grad=True)
-    factors, x = torch.zeros(1, layout.factor_numel), torch.zeros(1, 2, 24)
-    left, right = torch.zeros(1, 24, 2), torch.zeros(1, 2, 8)
-    calls = {
-        "tt_factors": (theta.detach(), layout, [1], [1.0]),
-        "tt_adapter": (x, factors, layout),
-        "tt_linear": (x, left, right),
-        "low_rank_linear": (x, torch.zeros(1, 2, 8), left, right),
-    }
+    assert kernels.explain("fill_normal_", *calls.pop("fill_normal_")).backend == "native"
     for op, args in calls.items():
         found = kernels.explain(op, *args)
         assert found.backend == "reference" and f"no {op} for" in found.passed_over["native"]
-    found = kernels.explain("tt_factors", theta, layout, [1], [1.0])
+    theta, *rest = calls["tt_factors"]
+    theta = theta.requires_grad_()
+    found = kernels.explain("tt_factors", theta, *rest)
     assert found.backend == "reference" and "require grad" in found.passed_over["native"]
-    assert kernels.explain("tt_factors", theta, layout, [1], [1.0], backend="triton").backend is None
+    assert found.order.reason == "inputs require grad" and set(found.passed_over) == {"native", "triton"}
+    assert kernels.explain("tt_factors", theta, *rest, backend="triton").backend is None
 
 
 def test_explain_checks_as_the_op_does(native):
