@@ -16,6 +16,12 @@ _EXPORTS = {
     "AdaptiveQueries": ".schedule",
     "ConstantQueries": ".schedule",
     "LabelWords": ".losses",
+    "MaskedLabelWords": ".losses",
+    "Seq2SeqLabelWords": ".losses",
+    "CandidateLikelihood": ".losses",
+    "HeadScores": ".losses",
+    "label_words": ".losses",
+    "lm_loss": ".losses",
     "UserError": ".errors",
 }
 __all__ = [*_EXPORTS, "__version__"]

@@ -1,7 +1,7 @@
-"""One float32 loss per row, from hidden states at the scored positions only.
+"""One float32 loss per row: ``loss(model, batch) -> [rows]``.
 
-A classification prompt needs the language-model head at one position, a completion at a few; the logits of all other
-positions, and here even of all words that are no label, are never computed.
+A classification loss also has ``scores(model, batch) -> [rows, classes]``, whose softmax gives the probabilities, and
+``rows_per_example``, the forward rows that one example costs. All of them take padding on either side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,97 +13,62 @@ import torch.nn.functional as F
 from torch import nn
 
 from .probe_tokens import CopiedPrompts, focused, last_real_token, one_copy_below
-from .tuner import TTModel
+from .scoring import (
+    aligned,
+    kind_of,
+    language_model,
+    model_inputs,
+    scored_logits,
+    sum_by_row,
+    token_log_probs,
+    tt_model_of,
+)
 
 
-def _language_model(model: nn.Module) -> nn.Module:
-    """Return the Hugging Face model inside ``model`` (a ``PeftModel`` or the model itself)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def refuse_last(model: nn.Module, what: str) -> None:
+    """Raise ValueError if an adapter acts on the last prompt token alone, which only causal label words score."""
+    tt_model = tt_model_of(model)
+    if tt_model is not None and any(config.positions == "last" for config in tt_model.peft_config.values()):
+        raise ValueError(
+            f"adapters with positions='last' act on the last prompt token of a causal model, which label words of one "
+            f"token score, but not {what}; use positions='all'"
+        )
 
 
-def _tt_model(model: nn.Module) -> TTModel | None:
-    return getattr(model, "base_model", None) if isinstance(getattr(model, "base_model", None), TTModel) else None
+def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the mean cross entropy of every row over its scored tokens, ``[B]`` float32.
 
-
-def _acts_on_last_token(model: nn.Module) -> bool:
-    tt_model = _tt_model(model)
-    return tt_model is not None and any(c.positions == "last" for c in tt_model.peft_config.values())
-
-
-def _is_right_padded(mask: torch.Tensor) -> bool:
-    return bool((mask[:, 1:] <= mask[:, :-1]).all())
-
-
-def hidden_states(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the last hidden states ``[rows, tokens, width]`` of a causal language model, without its head.
-
-    The mask is ``[rows, tokens]`` with 1 for real tokens, or additive ``[rows, 1, tokens, tokens]``. With padding on
-    the right the former is left out: no real token of a causal model attends to a padded one, and attention without a
-    mask is faster.
-    """
-    language_model = _language_model(model)
-    plain = attention_mask is not None and attention_mask.ndim == 2 and not language_model.config.is_encoder_decoder
-    if plain and _is_right_padded(attention_mask):
-        attention_mask = None
-    backbone = language_model.base_model
-    if backbone is language_model:
-        raise ValueError(f"expected a model with a language-model head, got {type(language_model).__name__}")
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids
-    return backbone(**inputs).last_hidden_state
-
-
-def head_logits(model: nn.Module, hidden: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
-    """Return float32 logits ``[N, V]`` of hidden states ``[N, width]``, or ``[N, len(words)]`` of some words only.
+    ``batch`` holds input_ids, attention_mask and labels with -100 at positions that are not scored, as for the
+    ``transformers`` models with a language-model head: causal (completions), masked, or encoder-decoder.
 
     Raises:
-        ValueError: the model has no output embeddings.
+        ValueError: a row without any scored token, or adapters with ``positions="last"``.
     """
-    language_model = _language_model(model)
-    head = language_model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(language_model).__name__} has no language-model head to score label words with")
-    config = language_model.config
-    if isinstance(head, nn.Linear) and words is not None:
-        weight, bias = head.weight[words], None if head.bias is None else head.bias[words].float()
-        logits = F.linear(hidden.float(), weight.float(), bias)
-    else:
-        logits = head(hidden.to(head.weight.dtype)).float()
-        logits = logits if words is None else logits[:, words]
-    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
-        logits = logits / scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    refuse_last(model, "completions")
+    log_p, rows = token_log_probs(model, batch)
+    counts = sum_by_row(torch.ones_like(log_p), rows, len(batch["labels"]))
+    if not bool(counts.all()):
+        raise ValueError("every row needs at least one label that is not -100 and, in a causal model, not the first")
+    return -sum_by_row(log_p, rows, len(counts)) / counts
 
 
-def trim(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut right padding that no row of this forward needs."""
-    length = int(attention_mask.sum(1).max())
-    if length < input_ids.shape[1] and _is_right_padded(attention_mask):
-        return input_ids[:, :length], attention_mask[:, :length]
-    return input_ids, attention_mask
+causal_lm_loss = lm_loss  # its name when it took causal models only
 
 
-class LabelWords:
-    """Cross entropy over label words: ``loss = -log softmax_c(score_c)[label]`` with ``score_c = log p(word_c | x)``.
+class _Scored:
+    """A loss whose scores name a class: their cross entropy with ``batch["labels"]``."""
 
-    For words of one token this is the cross entropy over the candidates' logits at the prompt's last position. Words of
-    several tokens are appended to the prompt and scored token by token; a row then costs one forward row per word.
+    rows_per_example = 1
 
-    Args:
-        tokenizer: the model's tokenizer.
-        words: label words in the order of the class indices, usually with a leading space.
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the loss of every row, ``[B]`` float32; ``batch`` holds the model's inputs and labels ``[B]``."""
+        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
 
-    Raises:
-        ValueError: fewer than two words, an empty word, or two words with the same tokens.
-    """
+
+class _Words(_Scored):
+    """Label words, checked: at least two, different in their tokens."""
+
+    kind, role = "", ""
 
     def __init__(self, tokenizer, words: Sequence[str]):
         self.words = list(words)
@@ -123,25 +88,50 @@ class LabelWords:
         """Forward rows that one example costs."""
         return 1 if all(len(ids) == 1 for ids in self.tokens) else len(self.tokens)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Return the loss of every row, ``[B]`` float32, of ``batch`` with input_ids, attention_mask and labels."""
-        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+    def _check(self, model: nn.Module) -> None:
+        if (kind := kind_of(model)) != self.kind:
+            raise ValueError(f"{type(self).__name__} scores {self.role}, got a {kind} {type(model).__name__}")
+
+    def _first_tokens(self, device) -> torch.Tensor:
+        return torch.tensor([ids[0] for ids in self.tokens], device=device)
+
+    def _padded(self, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the words' tokens and which of them are real, ``[C, longest]`` each."""
+        longest = max(map(len, self.tokens))
+        ids = torch.tensor([word + [self.pad] * (longest - len(word)) for word in self.tokens], device=device)
+        lengths = torch.tensor([len(word) for word in self.tokens], device=device)
+        return ids, torch.arange(longest, device=device) < lengths[:, None]
+
+
+class LabelWords(_Words):
+    """Cross entropy over label words: ``loss = -log softmax_c(score_c)[label]`` with ``score_c = log p(word_c | x)``.
+
+    For causal models. With words of one token this is the cross entropy over the candidates' logits at the prompt's
+    last position. Words of several tokens are appended to the prompt and scored token by token; a row then costs one
+    forward row per word.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        words: label words in the order of the class indices, usually with a leading space.
+
+    Raises:
+        ValueError: fewer than two words, an empty word, or two words with the same tokens.
+    """
+
+    kind, role = "causal", "the next token of a causal language model"
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
-        ids, mask = trim(batch["input_ids"], batch["attention_mask"])
-        if self.rows_per_example == 1:
-            last = last_real_token(mask)
-            with focused(_tt_model(model), last):
-                hidden = hidden_states(model, ids, mask)
+        self._check(model)
+        batch = aligned(batch)
+        ids = batch["input_ids"]
+        if self.rows_per_example > 1:
+            refuse_last(model, f"label words of several tokens ({self.words})")
+            return self._scores_of_long_words(model, batch)
+        last = last_real_token(batch["attention_mask"])
+        with focused(tt_model_of(model), last):
             rows = torch.arange(len(ids), device=ids.device)
-            return head_logits(model, hidden[rows, last], self._first_tokens(ids.device))
-        if _acts_on_last_token(model):
-            raise ValueError(
-                f"adapters with positions='last' score label words of one token, got {self.words} of "
-                f"{[len(t) for t in self.tokens]} tokens; use positions='all' or other words"
-            )
-        return self._scores_of_long_words(model, ids, mask)
+            return scored_logits(model, model_inputs(model, batch), rows, last, self._first_tokens(ids.device))
 
     def losses_at_copies(
         self, model: nn.Module, batch: Mapping[str, Any], copies: int, share_prefix: str | None = None
@@ -154,64 +144,166 @@ class LabelWords:
             copies: C, probes per row.
             share_prefix: name of the adapter below whose first block one copy is enough, or None.
         """
-        ids, mask = trim(batch["input_ids"], batch["attention_mask"])
-        inputs = CopiedPrompts.of(ids, mask, copies, next(_language_model(model).parameters()).dtype)
+        self._check(model)
+        batch = aligned(batch)
+        ids = batch["input_ids"]
+        prompts = CopiedPrompts.of(ids, batch["attention_mask"], copies, next(language_model(model).parameters()).dtype)
+        length = prompts.input_ids.shape[1]
+        inputs = {name: getattr(prompts, name) for name in ("input_ids", "attention_mask", "position_ids")}
         shared = (
-            nullcontext()
-            if share_prefix is None
-            else one_copy_below(_tt_model(model), share_prefix, inputs.input_ids.shape[1], copies)
+            nullcontext() if share_prefix is None else one_copy_below(tt_model_of(model), share_prefix, length, copies)
         )
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(copies)
+        columns = torch.arange(length - copies, length, device=ids.device).repeat(len(ids))
         with shared:
-            hidden = hidden_states(model, inputs.input_ids, inputs.attention_mask, inputs.position_ids)
-        logits = head_logits(model, hidden[:, -copies:].flatten(0, 1), self._first_tokens(ids.device))
+            logits = scored_logits(model, {**inputs, "use_cache": False}, rows, columns, self._first_tokens(ids.device))
         labels = batch["labels"].repeat_interleave(copies)
         return F.cross_entropy(logits, labels, reduction="none").view(-1, copies)
 
-    def _first_tokens(self, device) -> torch.Tensor:
-        return torch.tensor([ids[0] for ids in self.tokens], device=device)
-
-    def _scores_of_long_words(self, model, ids, mask) -> torch.Tensor:
-        count, device = len(self.tokens), ids.device
-        lengths = mask.sum(1).tolist()
-        total = max(lengths) + max(len(t) for t in self.tokens)
+    def _scores_of_long_words(self, model, batch) -> torch.Tensor:
+        words, real = self._padded(batch["input_ids"].device)
+        count, longest = words.shape
+        examples = len(batch["input_ids"])
         # Example-major, so that the probe-major order of the batch is kept.
-        rows = torch.full((len(ids) * count, total), self.pad, dtype=ids.dtype, device=device)
-        row_mask = torch.zeros_like(rows)
-        positions, targets, owners = [], [], []
-        for b, length in enumerate(lengths):
-            prompt = ids[b][mask[b].bool()]
-            for c, word in enumerate(self.tokens):
-                r = b * count + c
-                rows[r, :length] = prompt
-                rows[r, length : length + len(word)] = torch.tensor(word, device=device)
-                row_mask[r, : length + len(word)] = 1
-                for k, token in enumerate(word):
-                    positions.append((r, length - 1 + k))
-                    targets.append(token)
-                    owners.append(r)
-        hidden = hidden_states(model, rows, row_mask)
-        where = torch.tensor(positions, device=device)
-        logits = head_logits(model, hidden[where[:, 0], where[:, 1]])
-        log_p = -F.cross_entropy(logits, torch.tensor(targets, device=device), reduction="none")
-        scores = torch.zeros(len(rows), device=device).index_add_(0, torch.tensor(owners, device=device), log_p)
-        return scores.view(len(ids), count)
+        ids, mask = (
+            F.pad(batch[name].repeat_interleave(count, 0), (0, longest), value=value)
+            for name, value in (("input_ids", self.pad), ("attention_mask", 0))
+        )
+        behind = mask.sum(1, keepdim=True) + torch.arange(longest, device=ids.device)
+        labels = torch.full_like(ids, -100)
+        labels.scatter_(1, behind, words.masked_fill(~real, -100).repeat(examples, 1))
+        ids.scatter_(1, behind, words.repeat(examples, 1))
+        mask.scatter_(1, behind, real.to(mask.dtype).repeat(examples, 1))
+        log_p, rows = token_log_probs(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+        return sum_by_row(log_p, rows, len(ids)).view(examples, count)
 
 
-def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the mean cross entropy of every row over its scored tokens, ``[B]`` float32.
+class MaskedLabelWords(_Words):
+    """Cross entropy over label words at the mask token of the prompt, for masked language models.
 
-    ``batch`` holds input_ids, attention_mask and labels ``[B, T]`` with -100 at positions that are not scored, as for
-    ``transformers`` models; position t of the labels is predicted from position t - 1.
+    Args:
+        tokenizer: the model's tokenizer, with a mask token.
+        words: label words of one token each, in the order of the class indices.
 
     Raises:
-        ValueError: a row without any scored token.
+        ValueError: as for :class:`LabelWords`; a word of several tokens, or a tokenizer without a mask token.
     """
-    labels = batch["labels"]
-    scored = labels[:, 1:] != -100
-    if not bool(scored.any(1).all()):
-        raise ValueError("every row needs at least one label that is not -100 after the first position")
-    hidden = hidden_states(model, batch["input_ids"], batch.get("attention_mask"))
-    row, position = scored.nonzero(as_tuple=True)
-    logits = head_logits(model, hidden[row, position])
-    losses = F.cross_entropy(logits, labels[:, 1:][scored], reduction="none")
-    return torch.zeros(len(labels), device=losses.device).index_add_(0, row, losses) / scored.sum(1)
+
+    kind, role = "masked", "the mask token of a masked language model"
+
+    def __init__(self, tokenizer, words: Sequence[str]):
+        super().__init__(tokenizer, words)
+        if self.rows_per_example > 1:
+            lengths = {word: len(ids) for word, ids in zip(self.words, self.tokens)}
+            raise ValueError(f"a mask stands for one token: choose label words of one token, got {lengths}")
+        if tokenizer.mask_token_id is None:
+            raise ValueError("the tokenizer has no mask token: label words of this model cannot be scored at a mask")
+        self.mask_token = tokenizer.mask_token_id
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B, C]`` float32 scores, the words' logits at the mask.
+
+        Raises:
+            ValueError: a prompt without a mask token, or with several.
+        """
+        self._check(model)
+        refuse_last(model, "words at a mask")
+        batch = aligned(batch)
+        ids = batch["input_ids"]
+        masks = ids == self.mask_token
+        if not bool((masks.sum(1) == 1).all()):
+            raise ValueError(f"every prompt needs one mask token, got {masks.sum(1).tolist()} of them")
+        rows = torch.arange(len(ids), device=ids.device)
+        columns = masks.long().argmax(1)
+        return scored_logits(model, model_inputs(model, batch), rows, columns, self._first_tokens(ids.device))
+
+
+class Seq2SeqLabelWords(_Words):
+    """Cross entropy over label words as the decoder's answer to the prompt, for encoder-decoder models.
+
+    Words of one token are scored in one forward row; longer ones cost a forward row per word.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        words: label words in the order of the class indices.
+        prefix: what the decoder has said before, ``"<extra_id_0>"`` for a T5 prompt with this sentinel in the word's
+            place, else nothing.
+
+    Raises:
+        ValueError: as for :class:`LabelWords`.
+    """
+
+    kind, role = "seq2seq", "the answer of an encoder-decoder model"
+
+    def __init__(self, tokenizer, words: Sequence[str], prefix: str = ""):
+        super().__init__(tokenizer, words)
+        self.prefix = tokenizer.encode(prefix, add_special_tokens=False) if prefix else []
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
+        self._check(model)
+        refuse_last(model, "an encoder-decoder model's answers")
+        batch = aligned(batch)
+        ids = batch["input_ids"]
+        start = language_model(model).config.decoder_start_token_id
+        begin = torch.tensor([start, *self.prefix], device=ids.device)
+        if self.rows_per_example == 1:
+            rows = torch.arange(len(ids), device=ids.device)
+            inputs = model_inputs(model, {**batch, "decoder_input_ids": begin.expand(len(ids), -1)})
+            columns = torch.full_like(rows, len(self.prefix))
+            return scored_logits(model, inputs, rows, columns, self._first_tokens(ids.device))
+        words, real = self._padded(ids.device)
+        count, examples = len(words), len(ids)
+        repeated = {name: batch[name].repeat_interleave(count, 0) for name in ("input_ids", "attention_mask")}
+        decoder = torch.cat((begin.expand(count, -1), words[:, :-1]), 1).repeat(examples, 1)
+        labels = F.pad(words.masked_fill(~real, -100), (len(self.prefix), 0), value=-100).repeat(examples, 1)
+        log_p, rows = token_log_probs(model, {**repeated, "decoder_input_ids": decoder, "labels": labels})
+        return sum_by_row(log_p, rows, len(labels)).view(examples, count)
+
+
+def label_words(model: nn.Module, tokenizer, words: Sequence[str], prefix: str = "") -> _Words:
+    """Return the label-word loss for the kind of ``model``: causal, masked or encoder-decoder."""
+    kind = kind_of(model)
+    if kind == "seq2seq":
+        return Seq2SeqLabelWords(tokenizer, words, prefix)
+    return (LabelWords if kind == "causal" else MaskedLabelWords)(tokenizer, words)
+
+
+class CandidateLikelihood(_Scored):
+    """Cross entropy over each example's own candidates: ``score_k = log p(candidate_k | prompt)``, for multiple choice.
+
+    ``batch`` holds, per example and candidate, ``input_ids`` and ``attention_mask [B, K, T]``, ``targets [B, K, U]``
+    with -100 where nothing is scored (as the labels of :func:`lm_loss`), and ``labels [B]``, the right candidate's
+    index. A candidate without any target is none, and gets the score ``-inf``.
+
+    Args:
+        candidates: K, the most candidates of an example.
+        normalize: divide a candidate's log likelihood by its number of tokens.
+    """
+
+    def __init__(self, candidates: int, normalize: bool = False):
+        self.rows_per_example, self.normalize = candidates, normalize
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B, K]`` float32 scores."""
+        refuse_last(model, "candidates of several tokens")
+        examples, count = batch["targets"].shape[:2]
+        flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        flat["labels"] = batch["targets"].flatten(0, 1)
+        log_p, rows = token_log_probs(model, flat)
+        counts = sum_by_row(torch.ones_like(log_p), rows, examples * count)
+        sums = sum_by_row(log_p, rows, examples * count)
+        scores = (sums / counts.clamp(min=1) if self.normalize else sums).masked_fill(counts == 0, -torch.inf)
+        return scores.view(examples, count)
+
+
+class HeadScores(_Scored):
+    """Cross entropy over the logits of a model with a sequence-classification head, which trains with the adapters."""
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B, C]`` float32 logits of the head."""
+        refuse_last(model, "a classification head")
+        batch = aligned(batch)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if batch.get(name) is not None}
+        return language_model(model)(**inputs).logits.float()

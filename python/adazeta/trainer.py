@@ -17,7 +17,7 @@ from .errors import UserError
 from .files import make_folder
 from .grouped import EpochOfSampler, LengthGrouped
 from .journal import NAME as JOURNAL_NAME
-from .losses import causal_lm_loss
+from .losses import lm_loss
 from .optimizer import ZerothOrder
 
 
@@ -47,7 +47,7 @@ class ZOTrainer(Trainer):
         **kwargs,
     ):
         self.zo = zo or ZOConfig()
-        self.loss = loss or causal_lm_loss
+        self.loss = loss or lm_loss
         self.journal_wanted = journal
         self._queries = 0
         self._last_log = (time.perf_counter(), 0)

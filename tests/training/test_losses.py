@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import lm_batch, tiny_llama
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from adazeta.errors import UserError
 from adazeta.evaluate import evaluate_classification
-from adazeta.losses import LabelWords, causal_lm_loss, head_logits
+from adazeta.losses import LabelWords, lm_loss
+from adazeta.scoring import aligned, model_inputs, scored_logits
 
 
 class Words:
@@ -59,10 +61,10 @@ def test_label_words_equal_full_logits(words, left):
 
 
 @torch.no_grad()
-def test_causal_lm_loss_equals_the_models_own():
+def test_lm_loss_equals_the_models_own():
     model, batch = tiny_llama(), lm_batch(6)
     expected = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(6)]
-    torch.testing.assert_close(causal_lm_loss(model, batch), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lm_loss(model, batch), torch.stack(expected), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -81,28 +83,50 @@ def test_no_full_vocabulary_logits():
         LabelWords(Words(), ["good", "bad"])(model, batch)
         assert sizes[-1] == (5, 2)
         lm = lm_batch(6)
-        causal_lm_loss(model, lm)
+        lm_loss(model, lm)
         assert sizes[-1] == (int((lm["labels"][:, 1:] != -100).sum()), 64)
     finally:
         torch.nn.functional.linear = original
     assert all(width != 64 for _, width in sizes[:-1])
 
 
+@pytest.mark.parametrize("words", [None, [3, 1]])
 @torch.no_grad()
-def test_soft_capping_and_scaling_are_the_models():
-    model = tiny_llama()
-    hidden = torch.randn(3, 32)
-    plain = head_logits(model, hidden)
-    model.config.final_logit_softcapping = 0.01
-    torch.testing.assert_close(head_logits(model, hidden), 0.01 * torch.tanh(plain / 0.01))
-    model.config.final_logit_softcapping, model.config.logits_scaling = None, 8.0
-    torch.testing.assert_close(head_logits(model, hidden, torch.tensor([3, 1])), plain[:, [3, 1]] / 8)
+def test_scored_logits_are_the_models_own(words):
+    """With what the family does to its logits: Granite divides them. Masks and other columns make no difference."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = GraniteForCausalLM(GraniteConfig(**settings, num_attention_heads=4, logits_scaling=8.0)).eval()
+    batch = prompts()
+    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    rows, columns = torch.tensor([0, 3, 3, 4]), torch.tensor([5, 0, 2, 1])
+    chosen = None if words is None else torch.tensor(words)
+    got = scored_logits(model, model_inputs(model, batch), rows, columns, chosen)
+    expected = full[rows, columns] if words is None else full[rows, columns][:, words]
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    again = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.equal(again, full)  # hooks and the output layer are as before
+
+
+def test_aligned_moves_left_padding_and_cuts_the_rest():
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5, 6, 0], [0, 7, 8, 9, 0]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, -100, 5, 6, -100], [-100, 7, 8, 9, -100]]),
+        "other": torch.ones(2, 5),
+    }
+    got = aligned(batch, "labels")
+    assert got["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert got["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert got["labels"].tolist() == [[5, 6, -100], [7, 8, 9]]
+    assert got["other"].shape == (2, 5)
+    assert aligned({"input_ids": batch["input_ids"]})["input_ids"] is batch["input_ids"]
 
 
 @torch.no_grad()
-def test_bfloat16_model_gives_float32_losses_that_tell_probes_apart():
-    model, batch = tiny_llama().bfloat16(), prompts()
-    losses = LabelWords(Words(), ["good", "bad"])(model, batch)
+@pytest.mark.parametrize("loss, make", [(LabelWords(Words(), ["good", "bad"]), prompts), (lm_loss, lm_batch)])
+def test_bfloat16_model_gives_float32_losses_that_tell_probes_apart(loss, make):
+    losses = loss(tiny_llama().bfloat16(), make())
     assert losses.dtype == torch.float32
     assert not torch.equal(losses, losses.bfloat16().float())
 
@@ -143,7 +167,7 @@ def test_a_row_without_scored_token():
     batch = lm_batch(2)
     batch["labels"][1] = -100
     with pytest.raises(ValueError, match="at least one label"):
-        causal_lm_loss(tiny_llama(), batch)
+        lm_loss(tiny_llama(), batch)
 
 
 def test_a_model_without_a_head():

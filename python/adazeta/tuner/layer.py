@@ -59,15 +59,15 @@ class TTLayer(nn.Module, BaseTunerLayer):
             for segment in self.layout[name].segments()
         }
 
-    def forward(self, x: torch.Tensor, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.tt_theta]
         for name in active:
             if self.placement[name] == "pre":
-                x = self._adapt(x, name)
-        out = self.base_layer(x, *args, **kwargs)
+                args = (self._adapt(args[0], name), *args[1:])
+        out = self.base_layer(*args, **kwargs)
         for name in active:
             if self.placement[name] == "post":
-                out = self._adapt(out, name)
+                out = (self._adapt(out[0], name), *out[1:]) if isinstance(out, tuple) else self._adapt(out, name)
         return out
 
     def _adapt(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..probe_tokens import last_real_token, set_focus
 from .config import TTConfig
 from .init import initial_theta
 from .layer import TTLayer
-from .sites import placement_of, resolve_layers, resolve_sites
+from .sites import candidate_modules, placement_of, resolve_layers, resolve_sites
 
 
 class TTModel(BaseTuner):
@@ -32,15 +32,15 @@ class TTModel(BaseTuner):
         self._focuses = False
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
-    @staticmethod
-    def _prepare_adapter_config(peft_config: TTConfig, model_config: dict) -> TTConfig:
+    def _prepare_adapter_config(self, peft_config: TTConfig, model_config: dict) -> TTConfig:
         # Resolved names are stored in the saved configuration, so that a later change of the table of sites cannot
         # move the adapters of a saved model.
         named = isinstance(peft_config.sites, str) and peft_config.target_modules is not None
         if named:
             peft_config.sites = {}
         else:
-            peft_config.sites = resolve_sites(peft_config.sites, model_config.get("model_type"))
+            model_type = model_config.get("model_type")
+            peft_config.sites = resolve_sites(peft_config.sites, model_type, candidate_modules(self.model))
         peft_config.layers_to_transform = resolve_layers(peft_config.layers_to_transform, model_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = {n for n, placement in peft_config.sites.items() if placement != "none"}
@@ -77,8 +77,10 @@ class TTModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    @staticmethod
-    def _width(base_layer: nn.Module, placement: str, key: str) -> int:
+    def _width(self, base_layer: nn.Module, placement: str, key: str) -> int:
+        hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
+        if hidden_size and next(base_layer.children(), None) is not None:
+            return hidden_size  # a whole sub-block, such as a mixture of experts: hidden states in, hidden states out
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             features = _get_in_out_features(base_layer)
@@ -86,7 +88,7 @@ class TTModel(BaseTuner):
         if width is None or isinstance(base_layer, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
             raise ValueError(
                 f"cannot put a TT adapter on {key!r}: expected a linear layer with in_features and out_features, got "
-                f"{type(base_layer).__name__}"
+                f"{type(base_layer).__name__}; linear layers of this model: {', '.join(candidate_modules(self.model))}"
             )
         return width
 
@@ -190,7 +192,12 @@ class TTModel(BaseTuner):
         self._theta.pop(adapter_name, None)
 
     def block_list(self, adapter_name: str) -> tuple[str, int] | None:
-        """Return the name of the block list and the index of its first adapted block, if all are in one list."""
+        """Return the name of the block list and the index of its first adapted block, if all are in one list.
+
+        None for encoder-decoder models too: T5's blocks hand position biases on, whose rows would not be copied again.
+        """
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return None
         found = [re.match(r"(.*?)\.(\d+)\.", name) for name, _ in self.tt_layers(adapter_name)]
         if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
             return None

@@ -5,25 +5,38 @@ after the MLP output of every block. ``"published"`` follows the code the author
 the gate and up projections and after the down projection. ``"mlp"`` keeps only the adapter after the MLP output.
 """
 
+import re
 from collections.abc import Iterable, Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 PLACEMENTS = ("post", "pre", "none")
 NAMED = ("paper", "published", "mlp")
 
-_LLAMA_PAPER = {"o_proj": "post", "down_proj": "post"}
-_LLAMA_PUBLISHED = {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"}
-_BERT_PAPER = {"attention.output.dense": "post", "output.dense": "post"}
-_BERT_PUBLISHED = {**_BERT_PAPER, "attention.output.dense": "none"}  # its name ends like the MLP's
+_LLAMA = {
+    "paper": {"o_proj": "post", "down_proj": "post"},
+    "published": {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"},
+}
+_BERT = {
+    "paper": {"attention.output.dense": "post", "output.dense": "post"},
+    # The attention's module has a name that ends like the MLP's.
+    "published": {"intermediate.dense": "pre", "output.dense": "post", "attention.output.dense": "none"},
+}
+_OPT = {"paper": {"out_proj": "post", "fc2": "post"}, "published": {"fc1": "pre", "fc2": "post"}}
+# The experts of a block are one module with fused weights: the adapter stands after their weighted sum. The published
+# code adapts single projections, which is nothing that fused experts have.
+_EXPERTS = {"paper": {"o_proj": "post", "mlp": "post"}}
 
 #: model_type -> {"paper" | "published": {module name: placement}}. The output projection is the last operation of its
-#: sub-block in all of these, so an adapter after it is an adapter after the attention (or MLP) output.
+#: sub-block in all of these, so an adapter after it is an adapter after the attention (or MLP) output. The MLP's output
+#: comes last in "paper".
 SITES: dict[str, dict[str, dict[str, str]]] = {
-    **{
-        name: {"paper": _LLAMA_PAPER, "published": _LLAMA_PUBLISHED}
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3")
-    },
-    **{name: {"paper": _BERT_PAPER, "published": _BERT_PUBLISHED} for name in ("bert", "roberta")},
-    "opt": {"paper": {"out_proj": "post", "fc2": "post"}, "published": {"fc1": "pre", "fc2": "post"}},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
+    **dict.fromkeys(("bert", "roberta", "deberta-v2"), _BERT),
+    "phi3": {"paper": _LLAMA["paper"], "published": {"gate_up_proj": "pre", "down_proj": "post"}},
+    "opt": _OPT,
     "gpt2": {
         "paper": {"attn.c_proj": "post", "mlp.c_proj": "post"},
         "published": {"c_fc": "pre", "mlp.c_proj": "post"},
@@ -32,16 +45,36 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
         "paper": {"attention.dense": "post", "dense_4h_to_h": "post"},
         "published": {"dense_h_to_4h": "pre", "dense_4h_to_h": "post"},
     },
+    "distilbert": {"paper": {"out_lin": "post", "lin2": "post"}, "published": {"lin1": "pre", "lin2": "post"}},
+    "modernbert": {"paper": {"attn.Wo": "post", "mlp.Wo": "post"}, "published": {"mlp.Wi": "pre", "mlp.Wo": "post"}},
+    "t5": {
+        "paper": {"SelfAttention.o": "post", "EncDecAttention.o": "post", "DenseReluDense.wo": "post"},
+        "published": {"wi": "pre", "wi_0": "pre", "wi_1": "pre", "DenseReluDense.wo": "post"},
+    },
 }
 
 
-def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: str | None) -> dict[str, str]:
+def candidate_modules(model: nn.Module) -> list[str]:
+    """Return the names that ``sites`` or ``target_modules`` may take: linear layers of the model's repeated blocks.
+
+    Names are told without the block's index, ``self_attn.o_proj`` for ``model.layers.7.self_attn.o_proj``, in the
+    order of the model's modules. A model without blocks tells all of its linear layers.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    inner = [match[1] for match in (re.match(r".*\.\d+\.(.+)", name) for name in linear) if match]
+    return list(dict.fromkeys(inner or linear))
+
+
+def resolve_sites(
+    sites: str | Iterable[str] | Mapping[str, str], model_type: str | None, candidates: Iterable[str] = ()
+) -> dict[str, str]:
     """Return ``{module name: "pre" | "post" | "none"}`` for ``sites`` of a model of type ``model_type``.
 
     Args:
         sites: ``"paper"``, ``"published"``, ``"mlp"``, a list of module names (``"o_proj"`` or
             ``"post:o_proj"`` puts the adapter after the module, ``"pre:up_proj"`` before it), or the mapping itself.
         model_type: ``config.model_type`` of the base model; only needed for the named choices.
+        candidates: module names to tell of in the error about an unknown model type (:func:`candidate_modules`).
 
     Raises:
         ValueError: unknown choice, unknown model type, or another placement.
@@ -52,9 +85,16 @@ def resolve_sites(sites: str | Iterable[str] | Mapping[str, str], model_type: st
         if sites not in NAMED:
             raise ValueError(f"sites must be one of {NAMED} or a list of module names, got {sites!r}")
         if model_type not in SITES:
+            modules = ", ".join(candidates)
             raise ValueError(
                 f"no adapter sites are known for model type {model_type!r} (known: {', '.join(sorted(SITES))}); name "
                 "the modules yourself: sites=['o_proj', 'down_proj'] puts adapters after them, 'pre:up_proj' before it"
+                + (f"; linear layers of this model: {modules}" if modules else "")
+            )
+        if sites == "published" and sites not in SITES[model_type]:
+            raise ValueError(
+                f"model type {model_type!r} has no 'published' sites: its experts are one module with fused weights; "
+                "use sites='paper' or 'mlp', or name modules"
             )
         placed = SITES[model_type]["paper" if sites == "mlp" else sites]
         if sites == "mlp":  # the tables name the attention's module first, the MLP's last
@@ -81,7 +121,8 @@ def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mappi
         return layers
     if layers != "middle":
         raise ValueError(f"layers_to_transform must be indices of blocks or 'middle', got {layers!r}")
-    number = model_config.get("num_hidden_layers") or model_config.get("n_layer")
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # GPT-2, DistilBERT and T5 have their own
+    number = next((model_config[name] for name in names if model_config.get(name)), 0)
     if not number:
         raise ValueError("layers_to_transform='middle' needs a model configuration with num_hidden_layers")
     return list(range(number // 3, max(number // 3 + 1, 3 * number // 4)))

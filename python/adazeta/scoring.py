@@ -1,0 +1,208 @@
+"""Scores of tokens, from hidden states at the scored positions only, in any model with a language-model head.
+
+A classification prompt needs the head at one position, a completion at a few; the logits of all other positions, and
+of words that are no candidates, are never computed. The model's own forward runs, so that what a family does between
+its blocks and its logits (the transform of a masked language model, scaling, soft capping) stays its own business: a
+hook on the last block's output keeps the scored positions, and the output layer multiplies with the asked words' rows.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .tuner import TTModel
+
+#: Tensors of a batch that are inputs of the model; the rest (labels, say) is the loss's.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
+#: Rows of an output layer that are multiplied in float32 at a time, where it is stored in another dtype.
+ROWS_AT_ONCE = 8192
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model inside ``model`` (a ``PeftModel`` or the model itself)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def tt_model_of(model: nn.Module) -> TTModel | None:
+    """Return the ``TTModel`` of a ``PeftModel``, None for other models."""
+    return getattr(model, "base_model", None) if isinstance(getattr(model, "base_model", None), TTModel) else None
+
+
+def kind_of(model: nn.Module) -> str:
+    """Return which tokens the head of ``model`` predicts.
+
+    ``"causal"``: the next one; ``"masked"``: the one that stands at the position; ``"seq2seq"``: the decoder's next.
+
+    Raises:
+        ValueError: the model has no language-model head.
+    """
+    inner = language_model(model)
+    if inner.get_output_embeddings() is None or inner.base_model is inner and not inner.can_generate():
+        raise ValueError(f"expected a model with a language-model head, got {type(inner).__name__}")
+    if inner.config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if inner.can_generate() else "masked"
+
+
+def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
+    """Move padding on the left of ``input_ids`` to the right and cut what no row needs.
+
+    Left and right padding then score the same in every family, whether it counts positions from the first column
+    (GPT-2), from the mask (OPT) or from the tokens (RoBERTa).
+
+    Args:
+        batch: ``input_ids [rows, tokens]`` and, unless every token is real, ``attention_mask`` of the same shape.
+        per_token: names of further tensors ``[rows, tokens]`` to be moved along, labels for example.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return dict(batch)
+    length = mask.shape[1]
+    first, last = mask.argmax(1), length - 1 - mask.flip(1).argmax(1)
+    kept, moved = int((last - first).max()) + 1, bool(first.any())
+    if not moved and kept == length:
+        return dict(batch)
+    columns = (torch.arange(kept, device=mask.device) + first[:, None]) % length
+
+    def cut(value):
+        return value.gather(1, columns) if moved else value[:, :kept]
+
+    names = {"input_ids", "attention_mask", "token_type_ids", *per_token}
+    return {name: cut(value) if name in names else value for name, value in batch.items()}
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of the model's forward for an aligned batch.
+
+    The mask is left out where no real token could see a padded one, that is with padding on the right of a causal
+    model: attention without a mask is faster.
+    """
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    mask, kind = inputs.get("attention_mask"), kind_of(model)
+    if kind == "causal" and mask is not None and mask.ndim == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        del inputs["attention_mask"]
+    return inputs if kind == "masked" else {**inputs, "use_cache": False}
+
+
+def scored_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    words: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the float32 logits at N positions, ``[N, V]``, or ``[N, len(words)]`` of some words only.
+
+    Args:
+        model: a model with a language-model head, with or without adapters.
+        inputs: keywords of its forward.
+        rows, columns: ``[N]`` each; position ``n`` is ``(rows[n], columns[n])`` of ``input_ids``, or of
+            ``decoder_input_ids`` for encoder-decoder models.
+        words: token ids.
+
+    Raises:
+        ValueError: the model has no language-model head.
+
+    Numerics: the output layer's products are float32 whatever the dtype of its weight.
+    """
+    kind_of(model)
+    inner = language_model(model)
+    trunk = inner.get_decoder() if inner.can_generate() else inner.base_model
+    head = inner.get_output_embeddings()
+    few = _is_plain(head, inner)
+    with _gathered(trunk, rows, columns) as gathered, _float32_head(head, words if few else None, few):
+        logits = inner(**inputs).logits
+    logits = (logits[0] if gathered else logits[rows, columns]).float()
+    return logits if few or words is None else logits[:, words]
+
+
+def token_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``log p`` of every label that is not -100 and the row it belongs to, ``[N]`` float32 and ``[N]`` int64.
+
+    Labels are as for ``transformers`` models: those of a causal model are predicted one position earlier, those of a
+    masked one where they stand; an encoder-decoder model's are the decoder's outputs, and its ``decoder_input_ids`` are
+    the labels shifted unless the batch gives them.
+    """
+    kind, labels = kind_of(model), batch["labels"]
+    if kind == "seq2seq":
+        batch = aligned(batch)
+        if batch.get("decoder_input_ids") is None:
+            shifted = language_model(model).prepare_decoder_input_ids_from_labels(labels=labels)
+            batch["decoder_input_ids"] = shifted
+    else:
+        batch = aligned(batch, "labels")
+        labels = batch["labels"]
+    if kind == "causal":
+        labels = labels[:, 1:]
+    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    logits = scored_logits(model, model_inputs(model, batch), rows, columns)
+    return -F.cross_entropy(logits, labels[rows, columns], reduction="none"), rows
+
+
+def sum_by_row(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``[count]`` sums of ``values`` ``[N]`` over equal ``rows`` ``[N]``."""
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, rows, values)
+
+
+def _is_plain(head: nn.Module, model: nn.Module) -> bool:
+    """Whether rows of ``head.weight`` are words and nothing of the vocabulary's size is added to its result."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)  # accelerate moves weights in a forward of its own
+        and type(head.weight) is nn.Parameter
+        and head.weight.is_floating_point()
+        and head.out_features == getattr(model.config.get_text_config(), "vocab_size", None)
+        and not hasattr(model, "final_logits_bias")
+    )
+
+
+@contextmanager
+def _gathered(trunk: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[list]:
+    """Let ``trunk`` return hidden states ``[1, N, width]`` of N positions; the list yielded is not empty if it did."""
+    done = []
+
+    def keep(module, args, output):
+        hidden = output[0]
+        if done or not torch.is_tensor(hidden) or hidden.ndim != 3:
+            return output
+        done.append(True)
+        hidden = hidden[rows, columns].unsqueeze(0)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+    handle = trunk.register_forward_hook(keep)
+    try:
+        yield done
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _float32_head(head: nn.Linear, words: torch.Tensor | None, replace: bool) -> Iterator[None]:
+    """Let a plain output layer multiply in float32, with the rows of ``words`` alone where they are given."""
+    if not replace:
+        yield
+        return
+    weight = head.weight if words is None else head.weight[words]
+    bias = head.bias if words is None or head.bias is None else head.bias[words]
+
+    def forward(x):
+        x = x.float()
+        if weight.dtype == torch.float32:
+            y = F.linear(x, weight)
+        else:
+            y = torch.cat([F.linear(x, part.float()) for part in weight.split(ROWS_AT_ONCE)], -1)
+        return y if bias is None else y + bias.float()
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,170 @@
+"""One tiny random model of every family in the table of sites, batches for it, and a dense float64 writing of it."""
+
+import copy
+
+import torch
+import transformers
+from peft import get_peft_model
+from tiny import dense_maps
+from torch import nn
+
+from adazeta import TTConfig
+from adazeta.scoring import kind_of
+from adazeta_kernels import fill_normal_
+
+_COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.1,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_DECODER = {**_GROUPED, "head_dim": 8}
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "share_att_key": True}
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+SETTINGS = {
+    "bert": _COMMON,
+    "roberta": _COMMON,
+    "deberta-v2": {**_COMMON, **_DEBERTA, "norm_rel_ebd": "layer_norm"},
+    "distilbert": {
+        "vocab_size": 64,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.1,
+    },
+    "modernbert": {
+        **_COMMON,
+        **_SPECIAL,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 6,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "initializer_cutoff_factor": 2.0,
+    },
+    "opt": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,  # with projections in and out, as OPT-350M
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+        "init_std": 0.1,
+    },
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "initializer_range": 0.1},
+    "gpt_neox": _COMMON,
+    "llama": _DECODER,
+    "smollm3": _GROUPED,
+    "mistral": {**_DECODER, "sliding_window": 4},
+    "qwen2": _GROUPED,
+    "qwen3": _DECODER,
+    "gemma": _DECODER,
+    "gemma2": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4, "final_logit_softcapping": 0.5},
+    "gemma3_text": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "phi3": {**_GROUPED, **_SPECIAL},
+    "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "t5": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+MASKED = ("bert", "roberta", "deberta-v2", "distilbert", "modernbert")
+FAMILIES = sorted(SETTINGS)
+
+
+def build(model_type: str, auto=None, **settings):
+    """Return the family's model with a language-model head (or of the class ``auto``), the same at every call."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{"pad_token_id": 0, **SETTINGS[model_type], **settings})
+    if auto is None:
+        auto = (
+            transformers.AutoModelForMaskedLM
+            if model_type in MASKED
+            else transformers.AutoModelForSeq2SeqLM
+            if model_type == "t5"
+            else transformers.AutoModelForCausalLM
+        )
+    return auto.from_config(config).eval()
+
+
+def adapted(model_type: str, noise: float = 0.3, auto=None, task_type=None, **config):
+    """Return the model with TT adapters away from the identity by ``noise``."""
+    settings = {"rank": 2, "bottleneck": 8, "act": "gelu", "task_type": task_type, **config}
+    model = get_peft_model(build(model_type, auto), TTConfig(**settings)).eval()
+    if noise:
+        theta = model.base_model.theta()
+        z = torch.empty_like(theta)
+        fill_normal_(z, 123)
+        theta.add_(noise * z)
+    return model
+
+
+def batch_for(model, rows: int, tokens: int, seed: int = 0, left: bool = False) -> dict[str, torch.Tensor]:
+    """Return inputs with padding and one or two labels a row, of the kind that the model's head predicts."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (rows, tokens), generator=g)
+    lengths = torch.tensor([tokens - i % 3 if tokens > 4 else tokens for i in range(rows)])
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    kind = kind_of(model)
+    scored = (torch.arange(tokens) >= lengths[:, None] - 2) & mask.bool()
+    batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(scored, torch.tensor(-100))}
+    if left:
+        shift = (torch.arange(tokens) - (tokens - lengths)[:, None]) % tokens
+        batch = {name: value.gather(1, shift) for name, value in batch.items()}
+    if kind == "seq2seq":
+        batch["labels"] = torch.randint(3, 64, (rows, 3), generator=g)
+        batch["labels"][::2, 2] = -100
+    return batch
+
+
+def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """Return one row of a batch without its padding."""
+    real = batch["attention_mask"][row].bool()
+    return {
+        name: value[row : row + 1] if value.shape[1] != len(real) else value[row : row + 1, real]
+        for name, value in batch.items()
+    }
+
+
+class _Dense(nn.Module):
+    """Float64 stand-in for a ``TTLayer``: dense matrices before or behind the base layer."""
+
+    def __init__(self, layer, theta):
+        super().__init__()
+        self.base, self.placement = layer.base_layer.double(), layer.placement["default"]
+        self.weight = getattr(self.base, "weight", None)  # T5 looks at its output projection's
+        self.maps = dense_maps(theta, layer.layout["default"])
+
+    def adapt(self, x):
+        w_down, b_down, w_up, b_up = self.maps
+        return x + nn.functional.gelu(x @ w_down + b_down) @ w_up + b_up
+
+    def forward(self, x):
+        return self.adapt(self.base(x)) if self.placement == "post" else self.base(self.adapt(x))
+
+
+def dense_float64(model, theta: torch.Tensor):
+    """Return the base model in float64 with every adapter at ``theta`` written out as dense matrices."""
+    base, offset = copy.deepcopy(model).base_model.model.double(), 0
+    if hasattr(base.config, "_experts_implementation"):
+        base.set_experts_implementation("eager")  # the default one has no float64
+    for name, layer in model.base_model.tt_layers("default"):
+        numel = layer.layout["default"].numel
+        parent, _, child = name.rpartition(".")
+        stand_in = _Dense(base.get_submodule(name), theta[offset : offset + numel])
+        setattr(base.get_submodule(parent), child, stand_in)
+        offset += numel
+    return base
