@@ -17,7 +17,6 @@ from .scoring import (
     aligned,
     kind_of,
     language_model,
-    model_inputs,
     scored_logits,
     sum_by_row,
     token_log_probs,
@@ -131,7 +130,7 @@ class LabelWords(_Words):
         last = last_real_token(batch["attention_mask"])
         with focused(tt_model_of(model), last):
             rows = torch.arange(len(ids), device=ids.device)
-            return scored_logits(model, model_inputs(model, batch), rows, last, self._first_tokens(ids.device))
+            return scored_logits(model, batch, rows, last, self._first_tokens(ids.device))
 
     def losses_at_copies(
         self, model: nn.Module, batch: Mapping[str, Any], copies: int, share_prefix: str | None = None
@@ -215,7 +214,7 @@ class MaskedLabelWords(_Words):
             raise ValueError(f"every prompt needs one mask token, got {masks.sum(1).tolist()} of them")
         rows = torch.arange(len(ids), device=ids.device)
         columns = masks.long().argmax(1)
-        return scored_logits(model, model_inputs(model, batch), rows, columns, self._first_tokens(ids.device))
+        return scored_logits(model, batch, rows, columns, self._first_tokens(ids.device))
 
 
 class Seq2SeqLabelWords(_Words):
@@ -249,9 +248,9 @@ class Seq2SeqLabelWords(_Words):
         begin = torch.tensor([start, *self.prefix], device=ids.device)
         if self.rows_per_example == 1:
             rows = torch.arange(len(ids), device=ids.device)
-            inputs = model_inputs(model, {**batch, "decoder_input_ids": begin.expand(len(ids), -1)})
+            batch["decoder_input_ids"] = begin.expand(len(ids), -1)
             columns = torch.full_like(rows, len(self.prefix))
-            return scored_logits(model, inputs, rows, columns, self._first_tokens(ids.device))
+            return scored_logits(model, batch, rows, columns, self._first_tokens(ids.device))
         words, real = self._padded(ids.device)
         count, examples = len(words), len(ids)
         repeated = {name: batch[name].repeat_interleave(count, 0) for name in ("input_ids", "attention_mask")}

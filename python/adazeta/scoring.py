@@ -48,6 +48,12 @@ def kind_of(model: nn.Module) -> str:
     return "causal" if inner.can_generate() else "masked"
 
 
+def trunk_of(model: nn.Module) -> nn.Module:
+    """Return the module inside ``model`` whose output the head reads: it turns token ids into hidden states."""
+    inner = language_model(model)
+    return inner.get_decoder() if inner.can_generate() else inner.base_model
+
+
 def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
     """Move padding on the left of ``input_ids`` to the right and cut what no row needs.
 
@@ -90,7 +96,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def scored_logits(
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    batch: Mapping[str, Any],
     rows: torch.Tensor,
     columns: torch.Tensor,
     words: torch.Tensor | None = None,
@@ -99,7 +105,7 @@ def scored_logits(
 
     Args:
         model: a model with a language-model head, with or without adapters.
-        inputs: keywords of its forward.
+        batch: holds the model's inputs (:data:`INPUTS`), aligned.
         rows, columns: ``[N]`` each; position ``n`` is ``(rows[n], columns[n])`` of ``input_ids``, or of
             ``decoder_input_ids`` for encoder-decoder models.
         words: token ids.
@@ -109,12 +115,10 @@ def scored_logits(
 
     Numerics: the output layer's products are float32 whatever the dtype of its weight.
     """
-    kind_of(model)
-    inner = language_model(model)
-    trunk = inner.get_decoder() if inner.can_generate() else inner.base_model
+    inputs, inner = model_inputs(model, batch), language_model(model)
     head = inner.get_output_embeddings()
     few = _is_plain(head, inner)
-    with _gathered(trunk, rows, columns) as gathered, _float32_head(head, words if few else None, few):
+    with _gathered(trunk_of(model), rows, columns) as gathered, _float32_head(head, words if few else None, few):
         logits = inner(**inputs).logits
     logits = (logits[0] if gathered else logits[rows, columns]).float()
     return logits if few or words is None else logits[:, words]
@@ -139,7 +143,7 @@ def token_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.T
     if kind == "causal":
         labels = labels[:, 1:]
     rows, columns = (labels != -100).nonzero(as_tuple=True)
-    logits = scored_logits(model, model_inputs(model, batch), rows, columns)
+    logits = scored_logits(model, batch, rows, columns)
     return -F.cross_entropy(logits, labels[rows, columns], reduction="none"), rows
 
 

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from adazeta import TTConfig
 from adazeta.losses import lm_loss
 from adazeta.probes import Plan, Probes, evaluate_probes, probing
-from adazeta.scoring import aligned, kind_of, model_inputs, scored_logits
+from adazeta.scoring import aligned, kind_of, scored_logits
 from adazeta.tuner.sites import SITES, candidate_modules, resolve_sites
 from adazeta_kernels import perturb_
 
@@ -114,7 +114,7 @@ def test_scored_positions_alone_reach_the_head(family):
     handle = head.register_forward_hook(lambda m, args, out: sizes.append((args[0].shape[-2], out.shape[-1])))
     with torch.no_grad():
         for words in (None, torch.tensor([9, 4])):
-            got = scored_logits(model, model_inputs(model, batch), rows, columns, words)
+            got = scored_logits(model, batch, rows, columns, words)
             wanted = expected[rows, columns] if words is None else expected[rows, columns][:, words]
             torch.testing.assert_close(got, wanted, atol=5e-6, rtol=0)
     handle.remove()

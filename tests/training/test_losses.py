@@ -9,7 +9,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from adazeta.errors import UserError
 from adazeta.evaluate import evaluate_classification
 from adazeta.losses import LabelWords, lm_loss
-from adazeta.scoring import aligned, model_inputs, scored_logits
+from adazeta.scoring import aligned, scored_logits
 
 
 class Words:
@@ -101,7 +101,7 @@ def test_scored_logits_are_the_models_own(words):
     full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     rows, columns = torch.tensor([0, 3, 3, 4]), torch.tensor([5, 0, 2, 1])
     chosen = None if words is None else torch.tensor(words)
-    got = scored_logits(model, model_inputs(model, batch), rows, columns, chosen)
+    got = scored_logits(model, batch, rows, columns, chosen)
     expected = full[rows, columns] if words is None else full[rows, columns][:, words]
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
     again = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
