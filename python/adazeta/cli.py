@@ -1,4 +1,4 @@
-"""The ``adazeta`` command: train, eval, predict, info, replay, demo, fetch.
+"""The ``adazeta`` command: train, eval, predict, info, replay, journal, demo, fetch.
 
 torch and transformers are imported by the commands, so that help is there at once. What a person can put right is one
 line on stderr and exit status 2; results go to stdout, progress and notes to stderr.
@@ -32,12 +32,13 @@ from adazeta.options import (
     resolve,
 )
 
+JOURNAL = "adapter from a journal; RUN_OR_MODEL then is the base model, or a run on it (default: none)"
 DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": True}
 INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status: 0, 1 (a replay that differs), 2 (an error), 130 (Ctrl-C)."""
+    """Run a command line; return the exit status: 0, 1 (numbers that differ), 2 (an error), 130 (Ctrl-C)."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.run is None:
@@ -80,12 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N examples of the split (default: all)")
     evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples a forward (default: 32)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    evaluate.add_argument("--journal", metavar="FILE", help=JOURNAL)
     add_options(evaluate, {"model": MODEL[1:], "data": DATA, "task": TASK})
 
     predict = _command(commands, "predict", _predict, "label and probabilities of texts")
     predict.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
     predict.add_argument("text", nargs="+", help="texts to label; '-' reads one a line from standard input")
     predict.add_argument("--json", action="store_true", help="print one JSON object a line (default: off)")
+    predict.add_argument("--journal", metavar="FILE", help=JOURNAL)
     add_options(predict, {"model": MODEL[1:], "task": TASK})
 
     info = _command(commands, "info", _info, "what a run, a model or a width holds: sizes, shapes, sites")
@@ -96,8 +99,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     replay = _command(commands, "replay", _replay, "rebuild a run's adapter from its journal and compare, bit for bit")
-    replay.add_argument("name", metavar="RUN", help="run folder")
+    replay.add_argument("name", metavar="RUN", help="run folder, or a journal")
+    replay.add_argument("--at", type=int, metavar="STEP", help="the numbers after so many steps (default: all)")
+    replay.add_argument(
+        "--verify",
+        metavar="FILE",
+        help="adapter file, run or checkpoint to compare with, a checkpoint at its own step (default: the saved "
+        "adapter, if all steps are done)",
+    )
     replay.add_argument("--write", action="store_true", help="write the rebuilt adapter into the run (default: off)")
+    replay.add_argument("--backend", metavar="NAME", help="native, triton or reference (default: the fastest)")
+    replay.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
+
+    journal = _command(commands, "journal", _journal, "look into journals, or compare two")
+    actions = journal.add_subparsers(title="actions", metavar="ACTION", help="stats or diff")
+    stats = _command(actions, "stats", _journal_stats, "what a journal records: settings, steps, losses, cost")
+    stats.add_argument("name", metavar="RUN", help="run folder, or a journal")
+    stats.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    difference = _command(actions, "diff", _journal_diff, "where two runs part: settings, and the first step")
+    difference.add_argument("name", metavar="A", help="run folder, or a journal")
+    difference.add_argument("other", metavar="B", help="run folder, or a journal")
 
     demo = _command(commands, "demo", _demo, "fetch model and data, fine-tune, and show what came of it")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
@@ -203,7 +224,7 @@ def _open(arguments):
 
         torch.set_num_threads(values["threads"])
     dtype = None if values["dtype"] == "auto" else values["dtype"]
-    return Classifier.open(arguments.name, task=task, dtype=dtype, say=say)
+    return Classifier.open(arguments.name, task=task, dtype=dtype, journal=arguments.journal, say=say)
 
 
 def _eval(arguments) -> int:
@@ -261,10 +282,37 @@ def _info(arguments) -> int:
 
 
 def _replay(arguments) -> int:
-    from adazeta.info import replay_run
+    from adazeta.journal_tools import replay_run
 
-    line, same = replay_run(Path(arguments.name), write=arguments.write)
+    line, same = replay_run(
+        Path(arguments.name),
+        arguments.at,
+        verify=arguments.verify,
+        write=arguments.write,
+        device=arguments.device,
+        backend=arguments.backend,
+    )
     print(line)
+    return 0 if same else DIFFERENT
+
+
+def _journal(arguments) -> int:
+    raise UserError("adazeta journal: expected an action, stats or diff; see adazeta journal --help")
+
+
+def _journal_stats(arguments) -> int:
+    from adazeta.journal_tools import describe, statistics
+
+    found = statistics(arguments.name)
+    print(json.dumps(found) if arguments.json else describe(found))
+    return 0
+
+
+def _journal_diff(arguments) -> int:
+    from adazeta.journal_tools import compare
+
+    lines, same = compare(arguments.name, arguments.other)
+    print("\n".join(lines))
     return 0 if same else DIFFERENT
 
 

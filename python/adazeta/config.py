@@ -20,6 +20,7 @@ class ZOConfig:
         distribution: ``"gaussian"`` or ``"rademacher"``.
         run_seed: 64-bit seed of all directions; None takes ``TrainingArguments.seed``.
         probes_per_forward: most probes in one forward; None chooses by the number of tokens.
+        on_divergence: ``"stop"``, ``"rollback"`` or ``"ignore"``: what becomes of a step that the guard refuses.
         share_prefix: run blocks below the first adapter once per example instead of once per probe.
     """
 
@@ -34,4 +35,5 @@ class ZOConfig:
     distribution: str = "gaussian"
     run_seed: int | None = None
     probes_per_forward: int | None = None
+    on_divergence: str = "stop"
     share_prefix: bool = True

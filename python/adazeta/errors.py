@@ -7,3 +7,21 @@ class UserError(RuntimeError):
     The command line prints the message on one line and exits with status 2. Wrong *arguments* of Python functions
     raise ``ValueError`` or ``TypeError`` instead.
     """
+
+
+class JournalError(UserError, ValueError):
+    """A journal that cannot be used: damaged, of another version, or of another run.
+
+    Args:
+        message: what is wrong and what to do.
+        offset: byte at which the damage begins, or None.
+        key: the entry of the header that is wrong or differs, or None.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None, key: str | None = None):
+        super().__init__(message)
+        self.offset, self.key = offset, key
+
+
+class Diverged(UserError):
+    """Training got out of hand and was stopped; the trainable numbers are those before the step."""

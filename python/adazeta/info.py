@@ -1,4 +1,4 @@
-"""``adazeta info`` and ``adazeta replay``: what a run, a model or a width holds, read from files only."""
+"""``adazeta info``: what a run, a model or a width holds, read from files only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from adazeta.errors import UserError
-from adazeta.files import replacing
 from adazeta.report import adapter_size, before_after, facts
-from adazeta.runs import ADAPTER, CARD, SUMMARY, is_run, model_folder, read_card, read_json
+from adazeta.runs import ADAPTER, SUMMARY, is_run, model_folder, read_card, read_json
 
 
 def describe(name: str, *, rank: int = 5, bottleneck: int = 64, say=lambda line: None) -> str:
@@ -99,52 +98,6 @@ def _shapes(folder: Path) -> list[str]:
 
     if not (folder / NAME).is_file():
         return []
-    header = read(folder / NAME, repair=True)[0]
+    header = read(folder / NAME, repair=True).header
     kinds = Counter(tuple(site["layout"]) for site in header["sites"])
     return [f"{count} x {TTAdapterLayout.decode(list(layout)).describe()}" for layout, count in kinds.items()]
-
-
-def replay_run(folder: Path, *, write: bool = False) -> tuple[str, bool]:
-    """Rebuild a run's adapter from its journal; return a line to print and whether the saved one has the same bits.
-
-    Args:
-        folder: the run folder.
-        write: put the rebuilt adapter in the place of the saved one (a damaged one, say).
-
-    Raises:
-        UserError: not a run, a damaged journal, or a damaged adapter (and not ``write``).
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    from adazeta.journal import NAME, replay, sha256_of, steps
-
-    if not folder.is_dir():
-        raise UserError(f"no such run folder: {folder}")
-    if not (folder / NAME).is_file():
-        raise UserError(f"{folder} has no journal ({NAME}): it is not a run folder (those have {CARD} and {NAME})")
-    rebuilt = replay(folder)
-    count = sum(1 for _ in steps(folder / NAME))
-    numbers = sum(tensor.numel() for tensor in rebuilt.values())
-    digest = sha256_of([rebuilt[name] for name in sorted(rebuilt)])[:16]
-    done = f"{folder}: {count:,} steps replayed, {numbers:,} numbers, SHA-256 {digest}..."
-    if write:
-        with replacing(folder / ADAPTER) as temporary:
-            tensors = {name: tensor.contiguous().clone() for name, tensor in rebuilt.items()}
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        return f"{done}: written to {folder / ADAPTER}", True
-    try:
-        saved = load_file(folder / ADAPTER)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{folder / ADAPTER} is missing, damaged or cut off: rebuild it with `adazeta replay {folder} --write`"
-        ) from error
-    different = [
-        name
-        for name in sorted(saved.keys() | rebuilt.keys())
-        if name not in saved or name not in rebuilt or not torch.equal(saved[name], rebuilt[name].to(saved[name].dtype))
-    ]
-    if different:
-        return f"{done}: {len(different)} of {len(saved)} tensors differ from the saved adapter ({different[0]})", False
-    return f"{done}: equal to the saved adapter, bit for bit", True

@@ -1,234 +1,200 @@
 """The journal of a run: per step the coefficients and the learning rate, from which the run can be done again.
 
-A file is a header and records, each checked by a CRC-32. A step costs ``40 + 4 x queries`` bytes. All integers are
-little-endian::
-
-    header: b"AZJ1"  u32 length  u32 crc32  JSON in UTF-8
-    record: u32 length  u32 crc32  payload = u64 step  f64 lr  f64 momentum  f64 weight_decay  f32 x queries
+The format is written down in docs/journal.md; ``journal_format`` reads and encodes it, ``Journal`` writes files.
 """
 
-import hashlib
-import json
+import errno
+import fcntl
 import os
-import struct
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from adazeta_kernels import TTAdapterLayout
-
-from .errors import UserError
+from .errors import JournalError, UserError
 from .files import replacing
-from .tuner.init import initial_theta
-from .update import Step, Trainable, apply_step
+from .journal_format import Contents, check_header, difference, encode, header_bytes, parse, shown
+from .update import Step
 
-MAGIC = b"AZJ1"
 NAME = "journal.azj"
 INITIAL_NAME = "journal-initial.safetensors"
-_FRAME = struct.Struct("<II")
-_STEP = struct.Struct("<Qddd")
-
-
-def sha256_of(tensors: list[torch.Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes, one after another."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Journal:
-    """An open journal that records steps as they are made.
+    """An open journal that records steps as they are made; no second one can be opened meanwhile.
 
-    ``append`` hands the record to the operating system before it returns; if that fails (a full disk), the file is cut
-    back to the last whole record and the error names the file.
+    ``append`` hands the record to the operating system before it returns: it survives the death of the process. If
+    that fails (a full disk), the file is cut back to the last whole record and the error names the file.
+
+    Args:
+        path: the journal.
+        file: open and locked, at its end.
+        header: what the file begins with.
+        next_step: index of the step to be recorded next.
+        chain: checksum of everything recorded so far.
+        fsync_every: steps after which the records are forced to the disk, where they survive a power failure; 0 leaves
+            that to ``sync`` and ``close``.
     """
 
-    def __init__(self, path: Path, header: dict, records: list[Step], size: int):
-        self.path, self.header = path, header
-        self.next_step = records[-1].index + 1 if records else 0
-        self._file = open(path, "r+b", buffering=0)
-        self._file.truncate(size)
-        self._file.seek(size)
+    def __init__(self, path: Path, file, header: dict, next_step: int, chain: int, fsync_every: int):
+        self.path, self.header, self.next_step, self.fsync_every = path, header, next_step, fsync_every
+        self._file, self._chain = file, chain
 
     @classmethod
-    def create(cls, path: str | os.PathLike, header: dict, initial: dict[str, torch.Tensor] | None) -> "Journal":
-        """Start a journal at ``path``, replacing an older one; ``initial`` holds numbers that no seed rebuilds."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        body = json.dumps(header, sort_keys=True).encode()
-        content = MAGIC + _FRAME.pack(len(body), zlib.crc32(body)) + body
-        initial_path = path.with_name(INITIAL_NAME)
-        if initial:
-            with replacing(initial_path) as temporary:
-                save_file({name: t.detach().cpu().contiguous() for name, t in initial.items()}, temporary)
-        else:
-            initial_path.unlink(missing_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-        return cls(path, header, [], len(content))
-
-    @classmethod
-    def resume(cls, path: str | os.PathLike, header: dict, step: int) -> "Journal":
-        """Open the journal of an interrupted run that goes on at ``step``; later records are cut off.
+    def create(
+        cls,
+        path: str | os.PathLike,
+        header: dict,
+        initial: dict[str, torch.Tensor] | None = None,
+        *,
+        fsync_every: int = 0,
+    ) -> "Journal":
+        """Start a journal at ``path``, replacing an older one; ``initial`` holds numbers that no seed rebuilds.
 
         Raises:
-            UserError: the file belongs to a run with other settings, or holds fewer than ``step`` steps.
+            UserError: another process writes to that journal, or the file can't be written.
         """
         path = Path(path)
-        found, records, _ = read(path, repair=True)
-        for key in sorted(set(found) | set(header)):
-            if found.get(key) != header.get(key) and not key.startswith("initial"):
-                raise UserError(
-                    f"{path} belongs to a run with another {key}; resume with the same settings, "
-                    "or choose another folder"
+        check_header(header, path)
+        content, chain = header_bytes(header)
+        with _held(path):  # until the new file, locked before it gets the name, stands in its place
+            initial_path = path.with_name(INITIAL_NAME)
+            if initial:
+                with replacing(initial_path) as temporary:
+                    save_file({name: t.detach().cpu().contiguous() for name, t in initial.items()}, temporary)
+            else:
+                initial_path.unlink(missing_ok=True)
+            file = None
+            try:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+                    file = _locked(temporary, path)
+            except BaseException:
+                if file is not None:
+                    file.close()
+                raise
+        file.seek(len(content))
+        return cls(path, file, header, 0, chain, fsync_every)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike, header: dict, *, fsync_every: int = 0) -> "tuple[Journal, list[Step]]":
+        """Open the journal of an interrupted run, cut off a torn last record, and return it with its whole steps.
+
+        Raises:
+            UserError: another process writes to it, or it can't be read.
+            JournalError: it is damaged, or belongs to a run with other settings, another model or another version;
+                nothing has been written then.
+        """
+        path = Path(path)
+        file = _locked(path, path)
+        try:
+            found = parse(path, file.readall())
+            key = difference(found.header, header)
+            if key:
+                raise JournalError(
+                    f"{path} belongs to a run with another {key} ({shown(found.header, key)}, now "
+                    f"{shown(header, key)}); resume with the same settings, or choose another folder",
+                    key=key,
                 )
-        kept = [(record, end) for record, end in records if record.index < step]
-        if len(kept) < step:
-            raise UserError(f"{path} holds {len(kept)} steps, but the checkpoint is at step {step}; it was cut short")
-        size = kept[-1][1] if kept else _header_size(path)
-        return cls(path, found, [record for record, _ in kept], size)
+            file.truncate(found.ends[-1])
+            file.seek(found.ends[-1])
+        except BaseException:
+            file.close()
+            raise
+        return cls(path, file, found.header, len(found.steps), found.chain, fsync_every), found.steps
 
     def append(self, step: Step) -> None:
         """Record ``step``; raises ``UserError`` when it can't be written, and the file keeps its whole records."""
         if step.index != self.next_step:
             raise ValueError(f"expected step {self.next_step} to be recorded next, got {step.index}")
-        payload = _STEP.pack(step.index, step.lr, step.momentum, step.weight_decay)
-        payload += struct.pack(f"<{len(step.coefficients)}f", *step.coefficients)
-        record = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+        if self._file is None:
+            raise ValueError(f"the journal {self.path} is closed")
+        record, chain = encode(step, self._chain)
         size = self._file.tell()
         try:
             written = self._file.write(record)
             if written != len(record):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.fsync_every and (step.index + 1) % self.fsync_every == 0:
+                os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(size)
             self._file.seek(size)
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from error
-        self.next_step += 1
+        self.next_step, self._chain = step.index + 1, chain
+
+    def sync(self) -> None:
+        """Force what was recorded to the disk, so that a checkpoint written next is never newer than the journal."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Force the records to the disk and let others open the journal. A second call does nothing."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
 
 
-def _header_size(path: Path) -> int:
-    with open(path, "rb") as file:
-        start = file.read(len(MAGIC) + _FRAME.size)
-    return len(start) + _FRAME.unpack(start[len(MAGIC) :])[0]
+def _locked(path: Path, name: Path):
+    """Open ``path`` for reading and writing, alone; ``name`` is what errors call it."""
+    try:
+        file = open(path, "r+b", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot open the journal {name}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"another process writes to {name}: wait for it or stop it, or choose another folder"
+        ) from error
+    if not os.path.exists(path) or os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
+        file.close()  # replaced between opening and locking
+        raise UserError(f"another process has just replaced {name}: choose another folder")
+    return file
 
 
-def read(path: str | os.PathLike, repair: bool = False) -> tuple[dict, list[tuple[Step, int]], int]:
-    """Return header, ``(step, end offset)`` of every record, and the number of bytes after the last whole record.
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold the lock of an earlier journal at ``path``, if there is one."""
+    file = _locked(path, path) if path.exists() else None
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def read(path: str | os.PathLike, repair: bool = False) -> Contents:
+    """Return header and steps of the journal at ``path``.
+
+    Args:
+        path: the file; nothing is written to it.
+        repair: leave a torn last record out instead of refusing it.
 
     Raises:
-        UserError: not a journal, a damaged header or record, or a cut last record (unless ``repair``).
+        UserError: no such file.
+        JournalError: not a journal, of another version, a damaged header or record, or a torn last record (unless
+            ``repair``); its ``offset`` is where the damage begins.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the journal {path}: {error.strerror}") from error
-    frame = content[len(MAGIC) : len(MAGIC) + _FRAME.size]
-    if content[: len(MAGIC)] != MAGIC or len(frame) < _FRAME.size:
-        raise UserError(f"{path} is not a journal of this program (it does not begin with {MAGIC!r})")
-    length, crc = _FRAME.unpack(frame)
-    position = len(MAGIC) + _FRAME.size
-    body = content[position : position + length]
-    if len(body) < length or zlib.crc32(body) != crc:
-        raise UserError(f"the header of {path} is damaged; the run cannot be replayed from it")
-    header, position = json.loads(body), position + length
-    records = []
-    while position < len(content):
-        frame = content[position : position + _FRAME.size]
-        length, crc = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (len(content), 0)
-        payload = content[position + _FRAME.size : position + _FRAME.size + length]
-        if len(payload) < length:
-            if repair:
-                break
-            raise UserError(
-                f"{path} is cut off inside the record after step {len(records) - 1}; `adazeta train --resume` goes on "
-                "from the last checkpoint"
-            )
-        if zlib.crc32(payload) != crc or length < _STEP.size or (length - _STEP.size) % 4:
-            raise UserError(f"{path} is damaged at byte {position} (record {len(records)}); the checksum differs")
-        values = struct.unpack(f"<{(length - _STEP.size) // 4}f", payload[_STEP.size :])
-        position += _FRAME.size + length
-        records.append((Step(*_STEP.unpack(payload[: _STEP.size]), values), position))
-    return header, records, len(content) - position
+    found = parse(path, content)
+    if found.torn and not repair:
+        raise JournalError(
+            f"{path} is cut off at byte {found.ends[-1]}, inside the record after step {len(found.steps) - 1}; "
+            "`adazeta train --resume` goes on from there",
+            offset=found.ends[-1],
+        )
+    return found
 
 
 def steps(path: str | os.PathLike) -> Iterator[Step]:
     """Yield the recorded steps of a journal."""
-    for step, _ in read(path)[1]:
-        yield step
-
-
-def rebuild_initial(header: dict) -> torch.Tensor:
-    """Return the initial flat ``theta`` of the adapter that ``header`` describes, from its seed alone."""
-    parts, offset = [], 0
-    for site in header["sites"]:
-        layout = TTAdapterLayout.decode(site["layout"])
-        init = header["init"]
-        parts.append(initial_theta(layout, init=init["init"], gain=init["gain"], seed=init["seed"], offset=offset))
-        offset += layout.numel
-    return torch.cat(parts) if parts else torch.empty(0)
-
-
-def decayed_views(theta: torch.Tensor, layouts: list[TTAdapterLayout]) -> list[torch.Tensor]:
-    """Return the parts of ``theta`` that are not biases, as views."""
-    views, offset = [], 0
-    for layout in layouts:
-        for segment in layout.segments():
-            if not segment.is_bias:
-                first = offset + segment.offset
-                views.append(theta[first : first + segment.numel])
-        offset += layout.numel
-    return views
-
-
-def replay(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Return the trained tensors of the run in ``folder``, rebuilt from its journal, named as in the saved adapter.
-
-    Only the journal is read (and the initial values beside it, for numbers that no seed makes); neither the base model
-    nor the data is needed. The result is bit-identical to what training left.
-
-    Raises:
-        UserError: no journal, a damaged or cut one, or initial values that do not match it.
-    """
-    path = Path(folder) / NAME if Path(folder).is_dir() else Path(folder)
-    header, records, _ = read(path)
-    tensors: dict[str, torch.Tensor] = {}
-    decayed: list[torch.Tensor] = []
-    if header["initial"] == "file":
-        initial_path = path.with_name(INITIAL_NAME)
-        try:
-            stored = load_file(initial_path)
-        except Exception as error:
-            raise UserError(f"cannot read {initial_path}, which the replay needs: {error}") from error
-    else:
-        stored = {}
-    flat = []
-    if header["sites"]:
-        theta = stored["theta"] if "theta" in stored else rebuild_initial(header)
-        layouts = [TTAdapterLayout.decode(site["layout"]) for site in header["sites"]]
-        offset = 0
-        for site, layout in zip(header["sites"], layouts):
-            tensors[site["name"]] = theta[offset : offset + layout.numel]
-            offset += layout.numel
-        decayed += decayed_views(theta, layouts)
-        flat.append(theta)
-    for parameter in header["params"]:
-        tensor = stored[parameter["name"]]
-        tensors[parameter["name"]] = tensor
-        flat.append(tensor)
-        if parameter["decayed"]:
-            decayed.append(tensor)
-    if sha256_of(flat) != header["initial_sha256"]:
-        raise UserError(f"the initial values rebuilt for {path} differ from those of the run; was the file changed?")
-    trainable = Trainable(flat, decayed)
-    for step, _ in records:
-        apply_step(trainable, step, header["run_seed"], header["distribution"])
-    return tensors
+    yield from read(path).steps

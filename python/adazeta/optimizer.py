@@ -1,6 +1,7 @@
 """``ZerothOrder``: a torch optimizer whose ``estimate`` stands where ``loss.backward()`` stood."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch
 
 from adazeta_kernels import derive_seeds
 
+from .digests import crc_of, sha256_of
+from .errors import Diverged, JournalError
 from .estimator import coefficients, probe_signs, projected_gradients
-from .journal import Journal, decayed_views, sha256_of
+from .guards import Guard
+from .journal import Journal
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, batch_size, evaluate_probes
 from .recording import describe_run
+from .replay import check_digest, decayed_views, initial_values, replay
 from .schedule import as_schedule
 from .tuner import TTModel
 from .update import Step, Trainable, apply_step
@@ -44,6 +49,9 @@ class ZerothOrder(torch.optim.Optimizer):
         probes_per_forward: most probes evaluated in one forward; by default from the number of tokens.
         share_prefix: run the blocks below the first adapter once per example.
         virtual: False perturbs adapters in place too (slow; the same losses up to rounding).
+        on_divergence: what becomes of a step that ``adazeta.guards.Guard`` refuses: ``"stop"`` raises ``Diverged``,
+            ``"rollback"`` goes back to the journal's best point and on with half the learning rate, ``"ignore"`` makes
+            the step all the same.
 
     Raises:
         ValueError: an option out of its range, no trainable parameter, or several trainable adapters.
@@ -71,6 +79,7 @@ class ZerothOrder(torch.optim.Optimizer):
         probes_per_forward: int | None = None,
         share_prefix: bool = True,
         virtual: bool = True,
+        on_divergence: str = "stop",
     ):
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
@@ -103,7 +112,11 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("the model has no trainable parameter; add an adapter or set requires_grad")
         self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
+        self.guard = Guard(on_divergence)
         self.journal: Journal | None = None
+        self._recorded: list[Step] = []  # of a journal that is resumed; those from step_index on are still to be done
+        self._mean_losses: list[float] = []
+        self._counted = (0, 0)
         self._momentum: list[torch.Tensor] = []
         self._seeds_used = 0
         self._projected: list[torch.Tensor] = []
@@ -129,6 +142,8 @@ class ZerothOrder(torch.optim.Optimizer):
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
         """
+        if self.pending:
+            return self._recorded[self.step_index].loss
         examples = batch_size(batch)
         groups = self._groups(examples)
         queries = self.queries(self.step_index, self.steps_per_epoch)
@@ -167,8 +182,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._seeds_used += len(seeds)
         self.rows += rows
         self.evaluations += losses.numel()
-        finite = torch.isfinite(losses)
-        return float(losses[finite].double().mean()) if finite.any() else float("nan")
+        finite = losses[torch.isfinite(losses)]
+        self._mean_losses.append(float(finite.double().mean()) if len(finite) else float("nan"))
+        return self._mean_losses[-1]
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -176,33 +192,88 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: no ``estimate`` since the last step.
+            Diverged: the guard refuses the step; the parameters are then unchanged.
+            JournalError: the step is one of a resumed journal, and the parameters are not those it was made with.
             UserError: the journal can't be written; the parameters are then unchanged.
         """
         if closure is not None:
             raise TypeError("ZerothOrder.step takes no closure; call estimate(loss_fn, batch) before it")
+        trainable = self.trainable()
+        if self.pending:
+            step = self._recorded[self.step_index]
+            check_digest(trainable, step)
+            self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
+        else:
+            step = self._new_step(trainable)
+            if self.journal is not None:
+                self.journal.append(step)
+        self._make(step, trainable)
+
+    def _new_step(self, trainable: Trainable) -> Step:
+        """Return the step that the estimates ask for, or the one that goes back because the guard refuses it."""
         if not self._projected:
             raise RuntimeError("step() without estimate(): there is nothing to update with")
         result = coefficients(torch.cat(self._projected), combine=self.combine, floor=self.floor, clip=self.clip)
         group = self.param_groups[0]
-        record = Step(
-            self.step_index, float(group["lr"]), group["momentum"], group["weight_decay"], tuple(result.values)
+        finite = [loss for loss in self._mean_losses if loss == loss]
+        # A digest of every step where theta is small; of so few that they cost little where it is not.
+        digest_due = self.journal is not None and self.step_index % (1 + (trainable.numel >> 16)) == 0
+        step = Step(
+            index=self.step_index,
+            lr=float(group["lr"]) * self.guard.lr_factor,
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            coefficients=tuple(result.values),
+            loss=sum(finite) / len(finite) if finite else float("nan"),
+            spread=torch.tensor(result.spread, dtype=torch.float32).item(),
+            rows=self.rows - self._counted[0],
+            losses=self.evaluations - self._counted[1],
+            dropped=result.dropped,
+            clipped=result.clipped,
+            digest=crc_of(trainable.tensors) if digest_due else None,
         )
-        if self.journal is not None:
-            self.journal.append(record)
-        trainable = self.trainable()
-        apply_step(trainable, record, self.run_seed, self.distribution)
-        self._momentum = trainable.momentum
-        self.dropped += result.dropped
-        self.clipped += result.clipped
-        self.spread = result.spread
+        reason = self.guard.objection(step)
+        if not reason:
+            return step
+        reason = f"step {step.index} is refused: {reason}"
+        if self.guard.policy != "rollback" or self.guard.went_back >= self.guard.rollbacks:
+            raise Diverged(f"{reason}; try a smaller lr, or on_divergence='rollback'")
+        if self.journal is None:
+            raise Diverged(f"{reason}, and without a journal there is nothing to go back to")
+        return replace(step, coefficients=(), back_to=self.guard.best_step)
+
+    def _make(self, step: Step, trainable: Trainable) -> None:
+        """Update the numbers and everything that is counted."""
+        if step.back_to is None:
+            apply_step(trainable, step, self.run_seed, self.distribution)
+            self._momentum = trainable.momentum
+        else:
+            self._take(replay(self.journal.path, step.back_to, repair=True).trainable)
+        self.guard.observe(step)
+        self.dropped += step.dropped
+        self.clipped += step.clipped
+        self.spread = step.spread
         self.step_index += 1
-        self._seeds_used = 0
-        self._projected = []
+        self._counted = (self.rows, self.evaluations)
+        self.zero_grad()
+
+    def _take(self, source: Trainable) -> None:
+        """Copy the numbers and the momentum of ``source``."""
+        target = self.trainable()
+        for own, other in zip(target.tensors, source.tensors):
+            own.copy_(other)
+        self._momentum = [m.to(t.device) for m, t in zip(source.momentum, target.tensors)]
+
+    @property
+    def pending(self) -> int:
+        """Steps of a resumed journal that are still to be done: ``estimate`` needs no forward for them."""
+        return max(0, len(self._recorded) - self.step_index)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget estimates that no step has used; there are no gradients."""
         self._seeds_used = 0
         self._projected = []
+        self._mean_losses = []
 
     def _groups(self, examples: int) -> int:
         if self.directions == "batch":
@@ -212,13 +283,63 @@ class ZerothOrder(torch.optim.Optimizer):
         # The last batch of an epoch may be smaller: the most groups that divide it evenly.
         return max(g for g in range(1, min(self.directions, examples) + 1) if examples % g == 0)
 
-    def write_journal(self, path: str | Path, resume: bool = False) -> Journal:
-        """Record every step in ``path`` from now on; with ``resume``, go on after the current step's predecessor."""
-        header, initial = describe_run(self)
-        self.journal = (
-            Journal.resume(path, header, self.step_index) if resume else Journal.create(path, header, initial)
-        )
+    def write_journal(
+        self,
+        path: str | Path,
+        resume: bool = False,
+        *,
+        identity: dict | None = None,
+        about: dict | None = None,
+        fsync_every: int = 0,
+    ) -> Journal:
+        """Record every step in ``path`` from now on.
+
+        With ``resume`` the journal of an interrupted run is gone on with. It is the truth about all of its steps: those
+        behind ``step_index`` (which a checkpoint may have set) are done again from their records, while ``estimate``
+        and ``step`` are called with the same batches in the same order, and forwards begin where it ends.
+
+        Args:
+            path: the journal.
+            resume: go on with it instead of replacing it.
+            identity: JSON values to keep in its header that a resumed run must share, such as a digest of the data.
+            about: JSON values to keep in its header that it need not share.
+            fsync_every: steps after which records are forced to the disk, 0 for only at the end.
+
+        Raises:
+            UserError: another process writes to it, or it can't be read or written.
+            JournalError: to resume, it is damaged, of another run, or ends before ``step_index``.
+        """
+        header, initial = describe_run(self, identity, about)
+        if not resume:
+            if self.step_index:
+                raise ValueError(f"a journal begins at step 0, the optimizer is at step {self.step_index}")
+            self.journal, self._recorded = Journal.create(path, header, initial, fsync_every=fsync_every), []
+            return self.journal
+        self.journal, self._recorded = Journal.resume(path, header, fsync_every=fsync_every)
+        try:
+            if len(self._recorded) < self.step_index:
+                raise JournalError(
+                    f"{path} holds {len(self._recorded)} steps, but the checkpoint is at step {self.step_index}; take "
+                    "an earlier checkpoint, or none: the journal makes its steps again"
+                )
+            if self.step_index == 0 and self.journal.header["initial_sha256"] != header["initial_sha256"]:
+                self._take(initial_values(self.journal.header, self.journal.path).trainable)
+            for step in self._recorded[: self.step_index]:
+                self.guard.observe(step)
+        except BaseException:
+            self.journal.close()
+            self.journal, self._recorded = None, []
+            raise
         return self.journal
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that a run's results depend on, besides the model and those that are recorded per step.
+
+        How probes are put into forwards is not among them: results depend on it by rounding alone.
+        """
+        names = ("eps", "directions", "difference", "combine", "floor", "clip", "steps_per_epoch")
+        queries = repr(self.queries) if is_dataclass(self.queries) else type(self.queries).__qualname__
+        return {**{name: getattr(self, name) for name in names}, "queries": queries}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-identical continuation needs besides the parameters."""
@@ -248,6 +369,7 @@ class ZerothOrder(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
         self.dropped, self.clipped = own["dropped"], own["clipped"]
+        self._counted = (self.rows, self.evaluations)
         self._momentum = [m.to(t.device).clone() for m, t in zip(own["momentum"], self.trainable().tensors)]
 
     def fingerprint(self) -> str:

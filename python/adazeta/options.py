@@ -34,6 +34,11 @@ def positive(value) -> int:
     return int(value)
 
 
+def natural(value) -> int:
+    """Read an integer of at least zero."""
+    return 0 if str(value).strip() == "0" else positive(value)
+
+
 def escaped(value: str) -> str:
     r"""Read text in which a shell cannot easily say newline: ``\n`` and ``\t`` stand for newline and tab."""
     return str(value).replace("\\n", "\n").replace("\\t", "\t")
@@ -215,6 +220,15 @@ METHOD = [
     Option("momentum", float, "factor on the running direction, in [0, 1)", goes_to="zo.momentum", default=0.0),
     Option("distribution", str, "gaussian or rademacher", goes_to="zo.distribution", default="gaussian"),
     Option(
+        "on-divergence",
+        str,
+        "when a step's projected gradients explode: stop, rollback (to the journal's best point, then half the "
+        "learning rate) or ignore",
+        goes_to="zo.on_divergence",
+        default="stop",
+        choices=("stop", "rollback", "ignore"),
+    ),
+    Option(
         "probes-per-forward",
         positive,
         "most probes in one forward",
@@ -246,6 +260,13 @@ TRAINING = [
     Option("eval-limit", positive, "most dev examples evaluated", 250),
     Option("eval-batch-size", positive, "examples per forward of an evaluation", 32),
     Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),
+    Option(
+        "fsync-every",
+        natural,
+        "steps after which the journal is forced to the disk, where it survives a power failure; 0: at checkpoints",
+        0,
+    ),
+    Option("deterministic", boolean, "nothing depends on the clock or on the order of threads", False),
 ]
 DEV_DATA = Option("dev-data", str, "file of dev examples", shown="a tenth of the data, at most 500")
 TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING]
@@ -272,7 +293,7 @@ def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, list[Optio
 
 
 def _metavar(option: Option) -> str:
-    return {int: "N", positive: "N", float: "X"}.get(option.kind, "TEXT")
+    return {int: "N", positive: "N", natural: "N", float: "X"}.get(option.kind, "TEXT")
 
 
 def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from adazeta.files import disk_errors
+from adazeta.files import disk_errors, write_text
 
 SMOOTHING = 20  # train losses averaged in the bar
 
@@ -102,10 +102,9 @@ class MetricsFile(TrainerCallback):
         if kept:
             self.rows, self.seconds = kept[-1]["rows"], kept[-1]["seconds"]
         self._since = time.monotonic()
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         with disk_errors(self.path):
-            self._stream = self.path.open("w", encoding="utf-8")
-            for line in kept:
-                self._write(line)
+            self._stream = self.path.open("a", encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._stream is None or "loss" not in (logs or {}):

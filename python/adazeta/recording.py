@@ -1,15 +1,27 @@
 """What a journal's header says about a run, so that a replay needs neither the base model nor the data."""
 
+import platform
+
+import numpy
 import torch
 
-from .journal import rebuild_initial, sha256_of
+from . import __version__
+from .digests import base_sha256, sha256_of
+from .journal_format import VERSION
+from .replay import rebuild_initial
+
+_NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
 
 
-def describe_run(optimizer) -> tuple[dict, dict[str, torch.Tensor]]:
+def describe_run(
+    optimizer, identity: dict | None = None, about: dict | None = None
+) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return the header for ``optimizer``'s run and the initial values that its seed does not rebuild.
 
     Args:
         optimizer: a ``ZerothOrder``.
+        identity: JSON values that a resumed run must share, such as a digest of the data.
+        about: JSON values that a reader of the journal wants, such as the task; a resumed run may differ in them.
 
     Returns:
         ``(header, initial)``; ``initial`` is empty when the adapter still is what ``TTConfig.init_seed`` makes and no
@@ -18,7 +30,7 @@ def describe_run(optimizer) -> tuple[dict, dict[str, torch.Tensor]]:
     tensors = optimizer.trainable().tensors
     config = optimizer.tt_model.peft_config[optimizer.adapter] if optimizer.tt_model else None
     header = {
-        "version": 1,
+        "version": VERSION,
         "run_seed": optimizer.run_seed,
         "distribution": optimizer.distribution,
         "init": {"init": config.init, "gain": config.init_gain, "seed": config.init_seed} if config else None,
@@ -30,6 +42,11 @@ def describe_run(optimizer) -> tuple[dict, dict[str, torch.Tensor]]:
             for name, p in optimizer.others.items()
         ],
         "initial_sha256": sha256_of(tensors),
+        "base_sha256": base_sha256(optimizer.model, optimizer.others.values()),
+        "adapter": _adapter(config),
+        "config": {**optimizer.settings(), **(identity or {})},
+        "about": about or {},
+        "software": software(),
     }
     initial = {_saved_name(name, optimizer.adapter): p.data for name, p in optimizer.others.items()}
     if optimizer.tt_model:
@@ -38,6 +55,27 @@ def describe_run(optimizer) -> tuple[dict, dict[str, torch.Tensor]]:
             initial["theta"] = theta
     header["initial"] = "file" if initial else "seed"
     return header, initial
+
+
+def software() -> dict[str, str]:
+    """Return the versions that made a run."""
+    return {
+        "adazeta": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _adapter(config) -> dict | None:
+    """Return the adapter's PEFT settings as JSON values, without what names paths and versions."""
+    if config is None:
+        return None
+    settings = {
+        name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for name, value in config.to_dict().items()
+    }
+    return {name: value for name, value in settings.items() if name not in _NOT_OF_THE_ADAPTER}
 
 
 def _saved_name(name: str, adapter: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from adazeta import __version__
 
 MIB = 1 << 20
 
@@ -74,6 +77,27 @@ def adapter_size(folder: Path) -> dict[str, int]:
     }
 
 
+def digests(folder: Path, card: Mapping[str, Any]) -> dict[str, str]:
+    """Return what tells two runs apart: SHA-256 of adapter, journal and settings, and the journal's own digests."""
+    from safetensors.torch import load_file
+
+    from adazeta.digests import json_sha256, sha256_of
+    from adazeta.journal import NAME, read
+    from adazeta.runs import ADAPTER
+
+    adapter = load_file(folder / ADAPTER)
+    found = {
+        "adapter_sha256": sha256_of([adapter[name] for name in sorted(adapter)]),
+        "settings_sha256": json_sha256(card["settings"]),
+    }
+    if (folder / NAME).is_file():
+        header = read(folder / NAME).header
+        found["journal_sha256"] = hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+        found |= {key: header[key] for key in ("base_sha256", "initial_sha256")}
+        found["config_sha256"] = json_sha256(header["config"])
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Return what a timing depends on: device, threads and versions."""
     import peft
@@ -88,6 +112,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
+        "adazeta": __version__,
     }
 
 

@@ -7,6 +7,7 @@ takes the folder's place when everything is written: a run folder is whole or it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -154,6 +155,14 @@ def attach_adapter(model, folder: str | Path):
     return adapted.eval()
 
 
+def task_from(stored: dict, where: str | Path) -> LabelWordTask:
+    """Return the task that a card or a journal describes; ``UserError`` names ``where`` if it does not."""
+    try:
+        return LabelWordTask.from_dict(stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is damaged (task: {error}): train again") from error
+
+
 @dataclass
 class Classifier:
     """A model that answers with label words: the adapted or plain model, its tokenizer and the task."""
@@ -165,16 +174,32 @@ class Classifier:
 
     @classmethod
     def open(
-        cls, name: str, *, task: LabelWordTask | None = None, dtype: str | None = None, say: Say = lambda line: None
+        cls,
+        name: str,
+        *,
+        task: LabelWordTask | None = None,
+        dtype: str | None = None,
+        journal: str | None = None,
+        say: Say = lambda line: None,
     ) -> Classifier:
-        """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment)."""
+        """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment).
+
+        With ``journal``, a run folder or a journal file, the adapter is the one that the journal makes; the task is the
+        one it was trained for, if no other is given.
+        """
+        if journal is not None:
+            from adazeta.journal_tools import adapter_from_journal
+
+            base = read_card(name)["base_model"] if is_run(name) else name
+            model, tokenizer = load_base(base, dtype=dtype or "float32", say=say)
+            model, about = adapter_from_journal(model, journal)
+            stored = about.get("task")
+            own = task_from(stored, journal) if stored else LabelWordTask()
+            return cls(model, tokenizer, task or own, {"base_model": str(base)})
         if is_run(name):
             card = read_card(name)
             model, tokenizer = load_base(card["base_model"], dtype=dtype or card.get("dtype", "float32"), say=say)
-            try:
-                own = LabelWordTask.from_dict(card["task"])
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{Path(name) / CARD} is damaged (task: {error}): train again") from error
+            own = task_from(card["task"], Path(name) / CARD)
             return cls(attach_adapter(model, name), tokenizer, task or own, card)
         model, tokenizer = load_base(name, dtype=dtype or "float32", say=say)
         return cls(model, tokenizer, task or LabelWordTask(), {"base_model": str(name)})
@@ -211,10 +236,11 @@ class Classifier:
 def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Yield the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
 
-    It goes when the block fails, unless there is a checkpoint in it to resume from.
+    It goes when the block fails, unless there is something in it to resume. One process at a time holds it.
 
     Raises:
-        UserError: ``output`` holds a run (and not ``overwrite``) or something else, or there is nothing to resume.
+        UserError: ``output`` holds a run (and not ``overwrite``) or something else, there is nothing to resume, or
+            another process trains there.
     """
     output = Path(output)
     partial = output.with_name(f"{output.name}.partial")
@@ -223,22 +249,74 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     if output.is_dir() and any(output.iterdir()) and not is_run(output):
         raise UserError(f"{output} is not empty and not a run folder: choose another --output")
     if resume:
-        if not checkpoints(partial):
+        if not resumable(partial):
             done = " (it is complete)" if is_run(output) else ""
             raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
     else:
         if not overwrite and is_run(output):
             raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
-        if not overwrite and checkpoints(partial):
+        if not overwrite and resumable(partial):
             raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
         with disk_errors(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
+    with _alone(partial):
+        if not resume:
+            for path in partial.iterdir():  # the folder itself stays: it is locked
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            yield partial
+        finally:
+            if partial.is_dir() and not resumable(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that exists."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process trains into {folder}: wait for it or stop it, or choose another --output"
+            ) from error
+        if not folder.is_dir() or os.fstat(descriptor).st_ino != folder.stat().st_ino:
+            raise UserError(f"another process has just finished or removed {folder}: run the command again")
+        yield
     finally:
-        if partial.is_dir() and not checkpoints(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether there is something to go on with: a checkpoint, or a journal with a step (or one to look at)."""
+    from adazeta.errors import JournalError
+    from adazeta.journal import NAME, read
+
+    if checkpoints(folder):
+        return True
+    if not (folder / NAME).is_file():
+        return False
+    try:
+        return bool(read(folder / NAME, repair=True).steps)
+    except JournalError:
+        return True
+
+
+def resume_from(folder: Path, say: Say = lambda line: None) -> Path | None:
+    """Return the newest checkpoint that is not newer than the journal, or None: the journal makes all steps again.
+
+    Raises:
+        UserError: the journal is missing or damaged.
+    """
+    from adazeta.journal import NAME, read
+
+    steps = len(read(folder / NAME, repair=True).steps)
+    found = checkpoints(folder)
+    older = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= steps]
+    if len(older) < len(found):
+        say(f"{found[-1].name} is newer than the journal ({steps:,} steps), which was cut short: going on from there")
+    return older[-1] if older else None
 
 
 def checkpoints(folder: Path) -> list[Path]:

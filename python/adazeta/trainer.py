@@ -27,7 +27,12 @@ class ZOTrainer(Trainer):
     Args:
         zo: the settings of the step; the learning rate, its schedule, weight decay and the rest are ``args``'.
         loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; by default the next-token loss of the labels.
-        journal: write ``journal.azj`` into ``args.output_dir``.
+        journal: write ``journal.azj`` into ``args.output_dir``. A run that is resumed from a checkpoint goes on with
+            the journal that is there; ``"resume"`` does so without a checkpoint too, from the first step. Steps that
+            the journal holds are done again without a forward.
+        identity: JSON values for the journal that a resumed run must share, such as a digest of the data.
+        about: JSON values for the journal that it need not share.
+        fsync_every: steps after which the journal is forced to the disk; 0 for only before checkpoints and at the end.
         **kwargs: those of ``transformers.Trainer``.
 
     ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
@@ -43,18 +48,22 @@ class ZOTrainer(Trainer):
         *args,
         zo: ZOConfig | None = None,
         loss: Callable | None = None,
-        journal: bool = True,
+        journal: bool | str = True,
+        identity: dict | None = None,
+        about: dict | None = None,
+        fsync_every: int = 0,
         **kwargs,
     ):
         self.zo = zo or ZOConfig()
         self.loss = loss or lm_loss
-        self.journal_wanted = journal
-        self._queries = 0
+        self.journal_wanted, self.identity, self.about, self.fsync_every = journal, identity or {}, about, fsync_every
+        self._queries, self._from_journal = 0, False
         self._last_log = (time.perf_counter(), 0)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
-        self.add_callback(_JournalCallback(self))
+        # First of all: what others write when training begins waits until the journal has been found to fit.
+        self.callback_handler.callbacks.insert(0, _JournalCallback(self))
 
     @property
     def zeroth_order(self) -> ZerothOrder:
@@ -96,12 +105,38 @@ class ZOTrainer(Trainer):
         model.eval()  # dropout would differ between the two probes of a query
         inputs = self._prepare_inputs(inputs)
         optimizer = self.zeroth_order
+        self._from_journal = optimizer.pending > 0
         with self.compute_loss_context_manager():
             loss = optimizer.estimate(self.loss, inputs)
         if loss != loss and optimizer.rows and optimizer.step_index == 0:
             raise UserError(_explain_no_finite_loss(model))
         self._queries = optimizer.queries(optimizer.step_index, optimizer.steps_per_epoch)
         return torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.optimizer is not None and self.zeroth_order.journal is not None:
+                self.zeroth_order.journal.close()
+
+    def open_journal(self) -> None:
+        """Begin the journal, or go on with the one of the run that is resumed."""
+        args, optimizer = self.args, self.zeroth_order
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order = args.seed if args.data_seed is None else args.data_seed
+        optimizer.write_journal(
+            Path(make_folder(args.output_dir)) / JOURNAL_NAME,
+            resume=self.journal_wanted == "resume" or optimizer.step_index > 0,
+            identity={"batch_size": batch, "order_seed": order, **self.identity},
+            about=self.about,
+            fsync_every=self.fsync_every,
+        )
+
+    def _save_checkpoint(self, *args, **kwargs):
+        if self.zeroth_order.journal is not None:
+            self.zeroth_order.journal.sync()  # whatever happens, no checkpoint is newer than its journal
+        super()._save_checkpoint(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -125,7 +160,7 @@ class ZOTrainer(Trainer):
                 rows=optimizer.rows,
                 evaluations=optimizer.evaluations,
                 queries=self._queries,
-                rows_per_s=rows / seconds if seconds > 0 else 0.0,
+                rows_per_s=rows / seconds if seconds > 0 and not self._from_journal else 0.0,
                 spread=optimizer.spread,
                 dropped=optimizer.dropped,
             )
@@ -142,12 +177,7 @@ class _JournalCallback(TrainerCallback):
         optimizer = self.trainer.zeroth_order
         self.trainer._last_log = (time.perf_counter(), optimizer.rows)
         if self.trainer.journal_wanted and state.is_world_process_zero:
-            make_folder(args.output_dir)
-            optimizer.write_journal(Path(args.output_dir) / JOURNAL_NAME, resume=optimizer.step_index > 0)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.trainer.zeroth_order.journal is not None:
-            self.trainer.zeroth_order.journal.close()
+            self.trainer.open_journal()
 
 
 def _explain_no_finite_loss(model: torch.nn.Module) -> str:

@@ -14,7 +14,7 @@ from adazeta.errors import UserError
 from adazeta.files import disk_errors
 from adazeta.memory import Peak, resident_bytes
 from adazeta.options import section
-from adazeta.report import adapter_size, machine
+from adazeta.report import adapter_size, digests, machine
 from adazeta.runs import (
     CARD,
     CURVES,
@@ -22,10 +22,10 @@ from adazeta.runs import (
     SUMMARY,
     Classifier,
     card_of,
-    checkpoints,
     close_partial,
     load_base,
     open_partial,
+    resume_from,
     write_json,
 )
 from adazeta.tasks import LabelWordTask
@@ -89,7 +89,7 @@ def zo_config(settings: Mapping[str, Any], preset: str):
 
 
 def training_arguments(
-    settings: Mapping[str, Any], preset: str, folder: Path, *, examples: int, dev: bool, resume: bool
+    settings: Mapping[str, Any], preset: str, folder: Path, *, examples: int, dev: bool, resume: Path | None
 ):
     """Return the ``transformers.TrainingArguments`` of the settings."""
     import torch
@@ -108,7 +108,7 @@ def training_arguments(
         per_device_eval_batch_size=settings["eval_batch_size"],
         eval_strategy="steps" if dev else "no",
         eval_steps=settings["eval_every"] or max(1, steps // 4),
-        eval_on_start=dev and not resume,
+        eval_on_start=dev and resume is None,
         save_strategy="steps",
         save_steps=settings["save_every"] or tenth,
         save_total_limit=1,
@@ -134,6 +134,7 @@ def fit(
     folder: Path,
     *,
     resume: bool = False,
+    say=lambda line: None,
 ) -> Outcome:
     """Train the adapter and write adapter, card, journal and metrics to ``folder``.
 
@@ -141,37 +142,46 @@ def fit(
         UserError: wrong settings, a full disk, or losses that are never finite.
         Interrupted: Ctrl-C; ``folder`` holds a checkpoint.
     """
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from adazeta import ZOTrainer
+    from adazeta.digests import json_sha256
+    from adazeta.journal import NAME as JOURNAL
     from adazeta.progress import Bar, Limits, MetricsFile
+
+    class Card(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
+            write_json(folder / CARD, classifier.card)
 
     prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
     dev = []
     if splits["dev"]:
         dev = classifier.task.encode(classifier.tokenizer, splits["dev"]).by_length()
-    write_json(folder / CARD, classifier.card)
+    checkpoint = resume_from(folder, say) if resume and (folder / JOURNAL).is_file() else None
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
     try:
         trainer = ZOTrainer(
             model=classifier.model,
-            args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=resume),
+            args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint),
             zo=zo_config(settings, preset),
             loss=classifier.label_words(),
             train_dataset=prompts,
             eval_dataset=dev or None,
             data_collator=classifier.collator(),
             compute_metrics=accuracy,
-            callbacks=[metrics, Bar(), limits],
+            callbacks=[Card(), metrics, Bar(), limits],
+            journal="resume" if resume else True,
+            identity={"data_sha256": json_sha256([[e.text, e.label] for e in splits["train"]])},
+            about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
+            fsync_every=settings["fsync_every"],
         )
         trainer.create_optimizer()  # checks the settings of the step
     except (ValueError, TypeError) as error:
         raise UserError(f"settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    checkpoint = str(checkpoints(folder)[-1]) if resume else None
     with disk_errors(folder), Peak() as peak:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:
         raise Interrupted
     with disk_errors(folder):
@@ -187,6 +197,26 @@ def fit(
         peak_bytes=peak.bytes,
         dev=metrics.dev,
     )
+
+
+def make_deterministic(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Let nothing depend on the clock or on the order of threads; return the settings with what that decides.
+
+    Raises:
+        UserError: a limit in minutes.
+    """
+    import os
+
+    import torch
+
+    if settings["max_minutes"] is not None:
+        raise UserError("--deterministic: where --max-minutes ends a run depends on the clock; use --rows or --steps")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in any order
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # `auto` times both formats, and the sums of a product depend on the number of threads.
+    dtype = "float32" if settings["dtype"] == "auto" else settings["dtype"]
+    return {**settings, "dtype": dtype, "threads": settings["threads"] or 1}
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -243,6 +273,8 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     from adazeta.plots import draw_curves
     from adazeta.progress import read_metrics
 
+    if settings["deterministic"]:
+        settings = make_deterministic(settings)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     if settings["dtype"] == "auto":
@@ -258,7 +290,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
         measured["before"] = _evaluate(classifier, held_out, "test before", settings)
     if test:
         memory = measure_memory(classifier, splits["train"], settings, preset, model_bytes)
-    outcome = fit(classifier, splits, settings, preset, partial, resume=resume)
+    outcome = fit(classifier, splits, settings, preset, partial, resume=resume, say=say)
     if held_out:
         measured["after"] = _evaluate(classifier, held_out, "test after", settings)
 
@@ -286,6 +318,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
         "adapter": adapter_size(partial),
         "sentences": _shown(classifier, held_out, measured) if held_out else [],
         "machine": machine(),
+        "digests": digests(partial, classifier.card),
     }
     with disk_errors(partial):
         draw_curves(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from adazeta_kernels import derive_seeds, perturb_
@@ -23,10 +24,14 @@ class Trainable:
     decayed: list[torch.Tensor]
     momentum: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Step:
-    """What the journal keeps of one step: enough, with the run seed, to do it again.
+    """What the journal keeps of one step: enough, with the run seed, to do it again, and what it cost.
 
     Args:
         index: step number k from 0; with the run seed it names the directions.
@@ -34,6 +39,14 @@ class Step:
         momentum: factor on the momentum buffer.
         weight_decay: decoupled weight decay per unit of learning rate.
         coefficients: float32 values, one per query, 0 for a dropped one.
+        loss: mean of the step's finite losses, NaN where there was none.
+        spread: root mean square of the projected gradients, in float32.
+        rows: forward rows of this step.
+        losses: losses evaluated in this step.
+        dropped: queries without finite losses.
+        clipped: coefficients at the clipping bound.
+        digest: CRC-32 of the trainable numbers before the step, or None.
+        back_to: the step refused its result: the trainable numbers become those before step ``back_to``.
     """
 
     index: int
@@ -41,30 +54,60 @@ class Step:
     momentum: float
     weight_decay: float
     coefficients: Sequence[float]
+    loss: float = float("nan")
+    spread: float = 0.0
+    rows: int = 0
+    losses: int = 0
+    dropped: int = 0
+    clipped: int = 0
+    digest: int | None = None
+    back_to: int | None = None
+
+
+def step_scales(step: Step) -> torch.Tensor:
+    """Return the factor on every direction, ``-lr c`` in float32, or ``c`` where a momentum buffer takes them."""
+    values = np.asarray(step.coefficients, np.float32)
+    if step.momentum:
+        return torch.from_numpy(values.copy())
+    with np.errstate(over="ignore"):  # an infinite scale is refused by those who use it
+        return torch.from_numpy((values.astype(np.float64) * -step.lr).astype(np.float32))
 
 
 @torch.no_grad()
-def apply_step(trainable: Trainable, step: Step, run_seed: int, distribution: str) -> None:
+def apply_step(
+    trainable: Trainable, step: Step, run_seed: int, distribution: str, *, seeds=None, backend: str | None = None
+) -> None:
     """Update the trainable numbers in place: ``theta <- (1 - lr wd) theta - lr g`` with ``g = sum_j c_j z_j``.
 
     With momentum ``m <- mu m + g`` takes the place of ``g``. Dropped queries (c = 0) cost nothing.
 
+    Args:
+        trainable: what is updated.
+        step: the step, which must not be one that goes back.
+        run_seed, distribution: with the step they name the directions.
+        seeds: uint64 array of the step's seeds, where they have been derived already.
+        backend: as of ``perturb_``.
+
     Numerics: every operation is a single correctly rounded float32 operation per element or a ``perturb_``, so the
     result has the same bits on every machine. Biases are not decayed.
     """
-    used = [(seed, c) for seed, c in zip(_seeds(step, run_seed), step.coefficients) if c != 0.0]
-    seeds, values = [seed for seed, _ in used], [c for _, c in used]
+    if seeds is None:
+        seeds = np.array(derive_seeds(run_seed, step.index, len(step.coefficients)), np.uint64)
+    used = np.flatnonzero(np.asarray(step.coefficients, np.float32))
+    seeds = torch.from_numpy(seeds[used].view(np.int64))
+    scales = step_scales(step)[torch.from_numpy(used)]
+    options = {"distribution": distribution, "backend": backend}
     if step.weight_decay:
         for view in trainable.decayed:
             view.mul_(1.0 - step.lr * step.weight_decay)
     if not step.momentum:
-        if used:
-            perturb_(trainable.tensors, seeds, [_float32(-step.lr * c) for c in values], distribution=distribution)
+        if len(used):
+            perturb_(trainable.tensors, seeds, scales, **options)
         return
     if not trainable.momentum:
         trainable.momentum = [torch.zeros_like(t, dtype=torch.float32) for t in trainable.tensors]
-    if used:
-        perturb_(trainable.momentum, seeds, values, decay=_float32(step.momentum), distribution=distribution)
+    if len(used):
+        perturb_(trainable.momentum, seeds, scales, decay=_float32(step.momentum), **options)
     else:
         for m in trainable.momentum:
             m.mul_(_float32(step.momentum))
@@ -73,9 +116,5 @@ def apply_step(trainable: Trainable, step: Step, run_seed: int, distribution: st
         tensor.add_(m.mul(-step.lr).to(tensor.dtype))
 
 
-def _seeds(step: Step, run_seed: int) -> list[int]:
-    return derive_seeds(run_seed, step.index, len(step.coefficients))
-
-
 def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return float(np.float32(value))

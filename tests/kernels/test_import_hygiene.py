@@ -66,6 +66,7 @@ def test_public_names_are_the_ones_promised():
         "backends",
         "derive_seed",
         "derive_seeds",
+        "derive_seeds_of_steps",
         "explain",
         "fill_normal_",
         "low_rank_linear",

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import adazeta, write_data, write_model
 
-from adazeta import cli, options, plots, trainer
+from adazeta import UserError, cli, options, plots, trainer
+from adazeta.journal import Journal, read, steps
 from adazeta.progress import Bar, read_metrics
+from adazeta.runs import open_partial, resume_from
 
 SAME_BITS = ("--threads", 1, "--dtype", "float32")  # wherever and whenever
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
@@ -202,6 +204,141 @@ def test_ctrl_c_then_resume_is_bit_identical(world, capsys, monkeypatch):
     ]
     assert main(capsys, "replay", folder / "again")[0] == 0
     assert "nothing to resume" in fails(capsys, "train", "--output", folder / "again", "--resume")
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_its_journal(world, capsys, monkeypatch):
+    folder, _ = world
+    append = Journal.append
+    computed = []
+
+    def dying(self, step):
+        append(self, step)
+        if step.index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(self, step):
+        computed.append(step.index)
+        append(self, step)
+
+    command = train_command(folder, "killed", "--save-every", 5)
+    monkeypatch.setattr(Journal, "append", dying)
+    child = os.fork()
+    if child == 0:  # dies between journal and update
+        cli.main(command)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.setattr(Journal, "append", counted)
+    partial = folder / "killed.partial"
+    card = (partial / "adazeta.json").read_bytes()
+    assert "another config.eps (0.01, now 0.02)" in fails(
+        capsys, "train", "--output", folder / "killed", "--resume", "--eps", 0.02
+    )
+    assert (partial / "adazeta.json").read_bytes() == card and len(list(steps(partial / "journal.azj"))) == 8
+    code, _, err = main(capsys, "train", "--output", folder / "killed", "--resume")
+    assert (code, computed) == (0, [8, 9, 10, 11]), err
+    for name in ("journal.azj", "adapter_model.safetensors"):
+        assert (folder / "killed" / name).read_bytes() == (folder / "run" / name).read_bytes()
+    lines = read_metrics(folder / "killed" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
+
+
+def test_one_process_trains_into_a_folder(world, capsys):
+    folder, _ = world
+    partial = folder / "twice.partial"
+    partial.mkdir()
+    with open_partial(folder / "twice", resume=False, overwrite=False):
+        assert "another process trains into" in fails(capsys, *train_command(folder, "twice"))
+        assert partial.is_dir()
+    assert not partial.exists()
+
+
+def test_a_checkpoint_newer_than_the_journal_is_passed_over(world, capsys, tmp_path):
+    _, said = world, []
+    run = tmp_path / "x.partial"
+    shutil.copytree(world[0] / "run", run)
+    for step in (5, 10):
+        (run / f"checkpoint-{step}").mkdir()
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}".replace("{}", '{"a": 1}'))
+    assert resume_from(run, said.append) == run / "checkpoint-10" and not said
+    journal = run / "journal.azj"
+    ends = read(journal).ends
+    journal.write_bytes(journal.read_bytes()[: ends[7] + 9])
+    assert resume_from(run, said.append) == run / "checkpoint-5"
+    assert "checkpoint-10 is newer than the journal (7 steps)" in said[0]
+    journal.write_bytes(journal.read_bytes()[: ends[3]])
+    assert resume_from(run) is None
+
+
+def test_replay_at_a_step_and_against_another_file(world, capsys, tmp_path):
+    folder, _ = world
+    run = folder / "run"
+    code, out, _ = main(capsys, "replay", run, "--at", 5)
+    assert (code, "5 steps replayed" in out) == (0, True)
+    code, out, _ = main(capsys, "replay", run / "journal.azj", "--verify", run, "--backend", "reference")
+    assert (code, "bit for bit" in out) == (0, True)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    assert main(capsys, "replay", copy, "--at", 5, "--write")[0] == 0
+    code, out, _ = main(capsys, "replay", run, "--verify", copy)
+    assert (code, "tensors differ" in out) == (1, True)
+    (tmp_path / "checkpoint-5").mkdir()
+    shutil.copy(copy / "adapter_model.safetensors", tmp_path / "checkpoint-5")
+    code, out, _ = main(capsys, "replay", run, "--verify", tmp_path / "checkpoint-5")
+    assert (code, "5 steps replayed" in out, "bit for bit" in out) == (0, True, True)
+    assert "holds 12 steps" in fails(capsys, "replay", run, "--at", 13)
+    assert "torch knows no such device" in fails(capsys, "replay", run, "--device", "abacus")
+    assert "backend" in fails(capsys, "replay", run, "--backend", "abacus")
+
+
+def test_a_journal_is_an_adapter(world, capsys, tmp_path):
+    folder, _ = world
+    code, expected, _ = main(capsys, "predict", folder / "run", "a warm film", "--json")
+    shutil.copy(folder / "run" / "journal.azj", tmp_path / "adapter.azj")
+    code, out, err = main(
+        capsys, "predict", folder / "base", "a warm film", "--json", "--journal", tmp_path / "adapter.azj"
+    )
+    assert (code, out) == (0, expected), err
+    assert out != main(capsys, "predict", folder / "base", "a warm film", "--json")[1]
+    other = write_model(tmp_path / "other", seed=1)
+    assert "belongs to another base model" in fails(
+        capsys, "predict", other, "a film", "--journal", tmp_path / "adapter.azj"
+    )
+    assert "cannot read the journal" in fails(capsys, "eval", folder / "base", "--journal", tmp_path / "none.azj")
+
+
+def test_journal_stats_and_diff(world, capsys, tmp_path):
+    folder, _ = world
+    run = folder / "run"
+    code, out, _ = main(capsys, "journal", "stats", run, "--json")
+    found, summary = json.loads(out), json.loads((run / "summary.json").read_text())
+    assert (code, found["steps"], found["rollbacks"], found["torn_bytes"]) == (0, 12, 0, 0)
+    assert (found["rows"], found["losses"]) == (summary["training"]["rows"], summary["training"]["losses"])
+    assert found["config"]["eps"] == 0.01 and found["bytes"] == (run / "journal.azj").stat().st_size
+    assert {found["base_sha256"], found["config_sha256"]} < set(summary["digests"].values())
+    assert "12, 12 in effect, 0 rollbacks" in main(capsys, "journal", "stats", run)[1]
+    code, out, _ = main(capsys, "journal", "diff", run, run / "journal.azj")
+    assert (code, out) == (0, "all 12 steps are equal\n")
+    path = tmp_path / "short.azj"
+    content = (run / "journal.azj").read_bytes()
+    path.write_bytes(content[: read(run / "journal.azj").ends[4]])
+    code, out, _ = main(capsys, "journal", "diff", run, path)
+    assert (code, out) == (1, "12 steps | 4 steps; the first 4 are equal\n")
+    assert main(capsys, *train_command(folder, "lr"), "--warmup-steps", 3)[0] == 0
+    code, out, _ = main(capsys, "journal", "diff", run, folder / "lr")
+    assert code == 1 and out == "step 1: lr 0.01 | lr 0.003333333333333333\nthe first 1 steps are equal\n"
+    assert "expected an action" in fails(capsys, "journal")
+
+
+def test_deterministic_leaves_nothing_to_the_clock(monkeypatch):
+    import torch
+
+    from adazeta.training import make_deterministic
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    values = {"max_minutes": None, "dtype": "auto", "threads": None}
+    assert make_deterministic(values) == {"max_minutes": None, "dtype": "float32", "threads": 1}
+    assert make_deterministic({**values, "dtype": "mixed", "threads": 2})["dtype"] == "mixed"
+    with pytest.raises(UserError, match="depends on the clock"):
+        make_deterministic({**values, "max_minutes": 1.0})
 
 
 def test_limits_in_rows_and_minutes(world, capsys):
@@ -425,7 +562,7 @@ def test_every_option_goes_to_a_field_that_exists():
 
 
 def test_every_flag_has_help_with_a_default(capsys):
-    for command in ("train", "eval", "predict", "info", "replay", "demo", "fetch"):
+    for command in ("train", "eval", "predict", "info", "replay", "journal", "demo", "fetch"):
         parser = next(iter(cli.build_parser()._subparsers._group_actions)).choices[command]
         for action in parser._actions:
             if action.option_strings and action.dest != "help":

@@ -1,7 +1,10 @@
-"""The journal: replay to the last bit, damage found, resume cut to the checkpoint, a full disk."""
+"""The journal: replay to the last bit, damage found, torn tails cut, other runs named, a full disk, one writer."""
 
 import errno
 import os
+import re
+import struct
+import zlib
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ from safetensors.torch import load_file
 from tiny import lm_batch, tiny_adapted
 
 from adazeta import UserError, ZerothOrder
-from adazeta.journal import INITIAL_NAME, NAME, Journal, read, replay, steps
+from adazeta.errors import JournalError
+from adazeta.journal import INITIAL_NAME, NAME, Journal, read, steps
+from adazeta.journal_format import header_bytes
 from adazeta.losses import causal_lm_loss
+from adazeta.replay import replay
 from adazeta.update import Step
+from adazeta_kernels import TTAdapterLayout
 
 
 def train(folder, steps_to_do=4, noise=0.0, model_settings=None, **settings):
@@ -41,7 +48,7 @@ def train(folder, steps_to_do=4, noise=0.0, model_settings=None, **settings):
 def test_replay_rebuilds_the_adapter_bit_for_bit(tmp_path, settings, noise):
     model, _ = train(tmp_path, noise=noise, **settings)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    rebuilt = replay(tmp_path)
+    rebuilt = replay(tmp_path).tensors
     assert rebuilt.keys() == saved.keys()
     assert all(torch.equal(rebuilt[name], saved[name]) for name in saved)
     # An untouched start needs only the seed; one that was moved has its values beside the journal.
@@ -51,7 +58,7 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(tmp_path, settings, noise):
 def test_replay_with_a_trained_head(tmp_path):
     model, _ = train(tmp_path, model_settings={"modules_to_save": ["lm_head"]}, weight_decay=0.1, momentum=0.5)
     saved = get_peft_model_state_dict(model)
-    rebuilt = replay(tmp_path)
+    rebuilt = replay(tmp_path).tensors
     assert rebuilt.keys() == saved.keys() and all(torch.equal(rebuilt[n], saved[n]) for n in saved)
 
 
@@ -59,7 +66,7 @@ def test_a_step_costs_a_few_bytes(tmp_path):
     train(tmp_path, steps_to_do=1)
     one = (tmp_path / NAME).stat().st_size
     train(tmp_path, steps_to_do=5)
-    assert (tmp_path / NAME).stat().st_size - one == 4 * (40 + 2 * 4)
+    assert (tmp_path / NAME).stat().st_size - one == 4 * (80 + 2 * 4)
 
 
 def test_steps_are_what_was_done(tmp_path):
@@ -74,11 +81,10 @@ def test_every_truncation_and_every_flipped_bit_is_found(tmp_path):
     train(tmp_path, steps_to_do=3)
     path = tmp_path / NAME
     whole = path.read_bytes()
-    ends = [end for _, end in read(path)[1]]
-    header_end = ends[0] - 48
+    ends = read(path).ends
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        if size in (header_end, *ends):
+        if size in ends:
             continue  # a run that was stopped between two steps is whole
         with pytest.raises(UserError):
             read(path)
@@ -90,21 +96,123 @@ def test_every_truncation_and_every_flipped_bit_is_found(tmp_path):
             read(path)
 
 
-def test_resume_cuts_back_to_the_checkpoint_and_heals_a_torn_record(tmp_path):
-    _, opt = train(tmp_path, steps_to_do=4)
+def test_resume_keeps_every_whole_step_and_heals_a_torn_record(tmp_path):
+    train(tmp_path, steps_to_do=4)
     path = tmp_path / NAME
     whole = path.read_bytes()
-    path.write_bytes(whole[:-5])
-    header = read(path, repair=True)[0]
-    journal = Journal.resume(path, header, 2)
-    journal.append(Step(2, 0.5, 0.0, 0.0, (1.0,)))
-    journal.close()
-    assert [s.lr for s in steps(path)] == [0.1, 0.05, 0.5]
-    path.write_bytes(whole)
-    with pytest.raises(UserError, match="holds 4 steps, but the checkpoint is at step 9"):
-        Journal.resume(path, header, 9)
-    with pytest.raises(UserError, match="another run_seed"):
-        Journal.resume(path, {**header, "run_seed": 5}, 2)
+    header = read(path).header
+    for torn, done in ((whole[:-5], 3), (whole[:-100], 2), (whole + bytes(4096), 4)):  # the last was never filled
+        path.write_bytes(torn)
+        journal, kept = Journal.resume(path, header)
+        assert [step.index for step in kept] == list(range(done)) and journal.next_step == done
+        journal.append(Step(done, 0.5, 0.0, 0.0, (1.0,)))
+        journal.close()
+        assert [s.lr for s in steps(path)] == [0.1 / (k + 1) for k in range(done)] + [0.5]
+
+
+def test_damage_in_the_middle_is_refused_with_its_place_and_nothing_is_cut(tmp_path):
+    train(tmp_path, steps_to_do=4)
+    path = tmp_path / NAME
+    whole, ends, header = path.read_bytes(), read(path).ends, read(path).header
+    for record, byte in ((0, 3), (1, 70), (2, 78), (3, 85)):  # of the index, the number of words, a coefficient, a CRC
+        damaged = bytearray(whole)
+        damaged[ends[record] + byte] ^= 0x40
+        path.write_bytes(damaged)
+        for attempt in (read, lambda path: Journal.resume(path, header)):
+            with pytest.raises(JournalError, match=f"damaged at byte {ends[record]} ") as caught:
+                attempt(path)
+            assert caught.value.offset == ends[record] and isinstance(caught.value, ValueError)
+        assert path.read_bytes() == damaged
+
+
+def test_a_record_of_another_journal_or_place_is_found(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        train(tmp_path / name, steps_to_do=3, run_seed=seed)
+    path = tmp_path / "a" / NAME
+    a, b, ends = path.read_bytes(), (tmp_path / "b" / NAME).read_bytes(), read(path).ends
+    assert len(a) == len(b)
+    for content in (
+        a[: ends[1]] + b[ends[1] :],  # the rest of another run
+        a[: ends[1]] + a[ends[2] :],  # a step taken out
+        a[: ends[2]] + a[ends[1] :],  # a step twice
+    ):
+        path.write_bytes(content)
+        with pytest.raises(JournalError, match="damaged at byte"):
+            read(path)
+
+
+def test_two_writers(tmp_path):
+    train(tmp_path, steps_to_do=2)
+    path = tmp_path / NAME
+    header = read(path).header
+    first, _ = Journal.resume(path, header)
+    before = path.read_bytes()
+    for second in (lambda: Journal.resume(path, header), lambda: Journal.create(path, header)):
+        with pytest.raises(UserError, match="another process writes to"):
+            second()
+    assert path.read_bytes() == before
+    first.append(Step(2, 0.5, 0.0, 0.0, (1.0,)))
+    first.close()
+    Journal.create(path, header).close()
+    with pytest.raises(ValueError, match="is closed"):
+        first.append(Step(3, 0.5, 0.0, 0.0, (1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "key"),
+    [
+        ({"run_seed": 12}, {}, "run_seed"),
+        ({"eps": 0.5}, {}, "config.eps"),
+        ({"queries": 3}, {}, "config.queries"),
+        ({"distribution": "rademacher"}, {}, "distribution"),
+        ({}, {"seed": 1}, "base_sha256"),
+        ({}, {"rank": 2}, "adapter.rank"),
+        ({}, {"init_seed": 5}, "adapter.init_seed"),
+    ],
+)
+def test_a_journal_of_another_run_is_named_before_anything_is_written(tmp_path, settings, model, key):
+    train(tmp_path, steps_to_do=2)
+    path = tmp_path / NAME
+    path.write_bytes(path.read_bytes()[:-5])  # torn: left as it is
+    before, header = path.read_bytes(), read(path, repair=True).header
+    opt = ZerothOrder(tiny_adapted(**model), **{"lr": 0.1, "queries": 2, "run_seed": 11, **settings})
+    with pytest.raises(JournalError, match=f"another {re.escape(key)} ") as caught:
+        opt.write_journal(path, resume=True)
+    assert caught.value.key == key and opt.journal is None and path.read_bytes() == before
+    Journal.resume(path, header)[0].close()  # nobody holds it
+
+
+def test_another_version_and_hostile_headers_are_named(tmp_path):
+    train(tmp_path, steps_to_do=1)
+    path = tmp_path / NAME
+    whole, header = path.read_bytes(), read(path).header
+    path.write_bytes(b"AZJ1" + whole[4:])
+    with pytest.raises(JournalError, match="format 1, this program reads 2"):
+        read(path)
+    path.write_bytes(b"AZJ2" + framed(b"[" * 100_000))
+    with pytest.raises(JournalError, match="not JSON at byte 12"):
+        read(path)
+    for key, value in (
+        ("version", 3),
+        ("run_seed", 2**64),
+        ("run_seed", True),
+        ("distribution", "cauchy"),
+        ("sites", [{"name": "x", "layout": [1, 2, 3]}]),
+        ("params", [{"name": "w", "shape": [-1], "decayed": True}]),
+        ("init", {"init": "identity", "gain": float("inf"), "seed": 0}),
+    ):
+        path.write_bytes(header_bytes({**header, key: value})[0])
+        with pytest.raises(JournalError, match=f": {key} cannot be ") as caught:
+            read(path)
+        assert caught.value.key == key
+    big = TTAdapterLayout.auto(2**20, 2**10, 2**10).encode()
+    path.write_bytes(header_bytes({**header, "sites": [{"name": "x", "layout": big}] * 10})[0])
+    with pytest.raises(JournalError, match="numbers, more than"):
+        replay(tmp_path)
+
+
+def framed(body):
+    return struct.pack("<II", len(body), zlib.crc32(body)) + body
 
 
 def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
@@ -136,7 +244,7 @@ def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
 
 def test_steps_are_recorded_in_order(tmp_path):
     _, opt = train(tmp_path, steps_to_do=1)
-    journal = Journal.resume(tmp_path / NAME, read(tmp_path / NAME)[0], 1)
+    journal, _ = Journal.resume(tmp_path / NAME, read(tmp_path / NAME).header)
     with pytest.raises(ValueError, match="expected step 1"):
         journal.append(Step(3, 0.1, 0.0, 0.0, (1.0,)))
 

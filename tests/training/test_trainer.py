@@ -9,7 +9,8 @@ from tiny import lm_batch, tiny_adapted
 from transformers import TrainerCallback, TrainingArguments
 
 from adazeta import AdaptiveQueries, UserError, ZOConfig, ZOTrainer
-from adazeta.journal import NAME, replay
+from adazeta.journal import NAME
+from adazeta.replay import replay
 
 
 def dataset(n=20):
@@ -56,7 +57,7 @@ def test_trains_logs_and_saves_without_a_backward(tmp_path, monkeypatch):
     assert all(3 < entry["loss"] < 6 and "grad_norm" not in entry for entry in logs)
     run.save_model(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(value, replay(tmp_path)[name]) for name, value in saved.items())
+    assert all(torch.equal(value, replay(tmp_path).tensors[name]) for name, value in saved.items())
 
 
 def test_resume_is_bit_identical_to_no_interruption(tmp_path):

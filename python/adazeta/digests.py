@@ -1,0 +1,60 @@
+"""Digests of numbers: of theta after a step, of a saved adapter, of the frozen weights below it."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+
+import torch
+
+SAMPLES = 65_536  # numbers of a frozen tensor that its digest reads
+
+
+def _bytes(tensor: torch.Tensor):
+    # Flat first: a scalar has no dimension to be viewed along.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def sha256_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes, one after another."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def crc_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the CRC-32 of the tensors' bytes, one after another: a quick check that two machines hold the same."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(_bytes(tensor), crc)
+    return crc
+
+
+def json_sha256(value) -> str:
+    """Return the SHA-256 of a JSON value, written with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) -> str:
+    """Return a digest of the frozen weights of ``model``, the same in float32 and in bfloat16.
+
+    It covers name and shape of every parameter and, rounded to bfloat16, all of its numbers or ``SAMPLES`` evenly
+    spaced ones: another checkpoint, size or fine-tuning is told apart in a second, a single changed number may not be.
+
+    Args:
+        model: on any device; of parameters without data (meta) name and shape count.
+        trained: parameters to leave out, those that training changes. TT adapters are left out anyway.
+    """
+    left_out = {id(parameter) for parameter in trained}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in left_out or ".tt_theta." in name:
+            continue
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: -(-flat.numel() // SAMPLES) or 1]
+            digest.update(_bytes(sample.to(torch.bfloat16) if sample.is_floating_point() else sample))
+    return digest.hexdigest()
