@@ -179,6 +179,14 @@ MODEL = [
         "auto",
         choices=("auto", "float32", "mixed", "bfloat16", "float16"),
     ),
+    Option(
+        "gemm",
+        str,
+        "frozen linear layers in training on a CPU: plain, packed (weights reordered for oneDNN once), or auto: packed "
+        "where a quick trial on the model's own layers finds it faster",
+        "auto",
+        choices=("auto", "plain", "packed"),
+    ),
     Option("threads", positive, "CPU threads", shown="all cores"),
 ]
 DATA = [

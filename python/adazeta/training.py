@@ -72,6 +72,7 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
         model = peft.get_peft_model(base, TTConfig(task_type="CAUSAL_LM", **keywords))
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
+    settings = {**settings, "gemm": _pack(model, settings["gemm"], say)}
     classifier = Classifier(model, tokenizer, task, card_of(settings, task, preset))
     if keywords.get("positions") == "last" and classifier.label_words().rows_per_example > 1:
         raise UserError(
@@ -79,6 +80,18 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
             "choose other --label-words, or add --positions all"
         )
     return classifier
+
+
+def _pack(model, gemm: str, say) -> str:
+    """Pack the frozen linear layers where asked for or found faster; return what was done: a resumed run repeats it."""
+    from adazeta import frozen
+    from adazeta.probes import TOKENS_PER_FORWARD
+
+    if gemm == "auto":
+        return frozen.pack_where_faster(model, TOKENS_PER_FORWARD["cpu"], say)
+    if gemm == "packed":
+        frozen.pack(model, TOKENS_PER_FORWARD["cpu"])
+    return gemm
 
 
 def zo_config(settings: Mapping[str, Any], preset: str):
@@ -302,6 +315,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
         "task": classifier.task.to_dict(),
         "base_model": classifier.card["base_model"],
         "preset": preset,
+        "frozen": {key: classifier.card["settings"][key] for key in ("dtype", "gemm")},
         "seed": settings["seed"],
         "splits": {name: len(examples) for name, examples in splits.items()},
         "test": {when: {key: result[key] for key in ("accuracy", "loss")} for when, result in measured.items()},

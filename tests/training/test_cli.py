@@ -17,7 +17,7 @@ from adazeta.journal import Journal, read, steps
 from adazeta.progress import Bar, read_metrics
 from adazeta.runs import open_partial, resume_from
 
-SAME_BITS = ("--threads", 1, "--dtype", "float32")  # wherever and whenever
+SAME_BITS = ("--threads", 1, "--dtype", "float32", "--gemm", "plain")  # wherever and whenever
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
 SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *SAME_BITS, *ADAPTER)
 PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")

@@ -40,12 +40,61 @@ def test_close_to_float32_and_half_the_memory(name):
     assert bytes_of[0] - bytes_of[1] == sum(2 * m.weight.numel() for m in linears)
 
 
-def test_layers_that_train_stay():
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@torch.no_grad()
+def test_packed_layers_multiply_as_plain_ones(name, dtype):
+    model = models()[name].requires_grad_(False).eval()
+    model = model.bfloat16() if dtype == "bfloat16" else model
+    if dtype == "mixed":
+        frozen.mix(model)
+    ids = torch.arange(30).reshape(2, 15)
+    expected, weights = model(ids).logits, {n: p.clone() for n, p in model.named_parameters()}
+    packed = copy.deepcopy(model)
+    count = frozen.pack(packed, tokens=30)
+    layers = {n: m for n, m in packed.named_modules() if isinstance(m, frozen.PackedLinear)}
+    assert count == len(layers) == len(weights) - len(dict(packed.named_parameters())) > 0
+    assert all(torch.equal(layer.weight, weights[f"{n}.weight"]) for n, layer in layers.items())
+    for again in (packed, copy.deepcopy(packed)):
+        error = (again(ids).logits - expected).float().norm() / expected.float().norm()
+        assert error < (1e-6 if dtype == "float32" else 2**-7)
+
+
+def test_packed_layers_let_gradients_pass_and_unpack_when_moved():
+    layer = nn.Linear(6, 5).requires_grad_(False)
+    model = nn.Sequential(copy.deepcopy(layer))
+    frozen.pack(model, tokens=4)
+    x = torch.randn(3, 6, requires_grad=True)
+    model(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, 6), atol=1e-6)
+    model.to("cpu", torch.float32)
+    assert isinstance(model[0], frozen.PackedLinear)
+    model.double()
+    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, layer.weight.double())
+
+
+@pytest.mark.parametrize("change", [frozen.mix, lambda model: frozen.pack(model, tokens=8)])
+def test_layers_that_train_stay(change):
     model = models()["llama"].requires_grad_(False)
     trained = model.model.layers[0].mlp.up_proj.requires_grad_(True)
-    frozen.mix(model)
+    change(model)
     assert type(trained) is nn.Linear and trained.weight.dtype == torch.float32
-    assert isinstance(model.model.layers[1].mlp.up_proj, frozen.MixedLinear)
+    assert isinstance(model.model.layers[1].mlp.up_proj, (frozen.MixedLinear, frozen.PackedLinear))
+    assert type(model.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(1.3, "packed"), (1.01, "plain"), (0.8, "plain")])
+def test_packs_where_it_pays_and_says_so(monkeypatch, speedup, expected):
+    monkeypatch.setattr(frozen, "packing_speedup", lambda layers, tokens: speedup)
+    model, said = models()["llama"].requires_grad_(False), []
+    assert frozen.pack_where_faster(model, say=said.append) == expected
+    assert any(isinstance(m, frozen.PackedLinear) for m in model.modules()) == (expected == "packed")
+    assert len(said) == 1 and f"{speedup:.2f}" in said[0] and expected in said[0]
+
+
+def test_the_measurement_is_a_ratio_of_times():
+    layers = [m for m in models()["llama"].requires_grad_(False).modules() if type(m) is nn.Linear]
+    assert 0.01 < frozen.packing_speedup(layers, tokens=16) < 100
 
 
 @pytest.mark.parametrize(
