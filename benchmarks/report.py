@@ -3,13 +3,15 @@
     python benchmarks/report.py [RESULT.json [PAGE.md]]
 
 By default of the newest result under benchmarks/results, into docs/performance.md.
-What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine, perturb_, tt_factors and
-tt_adapter; everything else on the page is written by hand.
+What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine and those of `COLUMNS`;
+everything else on the page is written by hand. Whole steps also make a plot, `images/step-cost.png` beside the page.
 """
 
 import json
 import sys
 from pathlib import Path
+
+from step_plot import draw_step_cost
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -21,6 +23,14 @@ def milliseconds(value):
 
 def times(value):
     return f"{value:.1f}x"
+
+
+def decimals(value):
+    return f"{value:.2f}x"
+
+
+def share(value):
+    return f"{value:.2f} %"
 
 
 def percent(value):
@@ -65,7 +75,43 @@ COLUMNS = {
         ("error", "error", error),
         ("torch's error", "torch_error", error),
     ],
+    "step": [
+        ("threads", "threads", str),
+        ("published, ms", "published_ms", milliseconds),
+        ("ours, ms", "ours_ms", milliseconds),
+        ("floor, ms", "floor_ms", milliseconds),
+        ("against published", "times_published", decimals),
+        ("its head at one position", "times_published_scored", decimals),
+        ("of floor", "percent_of_floor", percent),
+        ("rows/s", "rows_per_s", milliseconds),
+        ("tokens/s", "tokens_per_s", milliseconds),
+        ("peak, MiB", "peak_ours_mib", milliseconds),
+        ("published's peak", "peak_published_mib", milliseconds),
+        ("losses apart", "apart", error),
+    ],
+    "step_split": [
+        ("threads", "threads", str),
+        *((name, f"split_{name}", share) for name in ("base", "adapters", "factors", "head", "update", "journal")),
+        ("host", "split_host", share),
+        ("adapters, factors, update, journal", "split_own", share),
+    ],
+    "padding": [
+        ("processed tokens", "processed", str),
+        ("real tokens", "real", str),
+        ("processed / real", "over", lambda value: f"{value:.3f}"),
+    ],
+    "upper_quarter": [
+        ("threads", "threads", str),
+        ("step, ms", "upper_ms", milliseconds),
+        ("nothing kept, ms", "nothing_kept_ms", milliseconds),
+        ("adapters in all blocks, ms", "all_ms", milliseconds),
+        ("of that", "percent_of_all", percent),
+        ("losses apart", "apart", error),
+    ],
 }
+COLUMNS["step_grid"] = [column for column in COLUMNS["step"] if "peak" not in column[1]]
+#: Tables of another op's benchmarks.
+SOURCE = {"step_split": "step"}
 
 
 def op_of(benchmark):
@@ -125,10 +171,13 @@ def main():
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else PAGE
     page = replace(target.read_text(), "machine", machine(result))
     for op, columns in COLUMNS.items():
-        benchmarks = [benchmark for benchmark in result["benchmarks"] if op_of(benchmark) == op]
+        benchmarks = [benchmark for benchmark in result["benchmarks"] if op_of(benchmark) == SOURCE.get(op, op)]
         if benchmarks:
             page = replace(page, op, table(benchmarks, columns))
     target.write_text(page)
+    steps = [benchmark["extra_info"] for benchmark in result["benchmarks"] if op_of(benchmark).startswith("step")]
+    if steps:
+        draw_step_cost(steps, target.parent / "images" / "step-cost.png")
 
 
 if __name__ == "__main__":

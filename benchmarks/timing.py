@@ -14,21 +14,42 @@ ROUNDS = int(os.environ.get("ADAZETA_BENCH_ROUNDS", 7))
 SMALL = ELEMENTS < 1 << 20  # a trial run: every case in little
 
 
-def paired_seconds(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+def paired_seconds(
+    functions: dict[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    *,
+    limit: float | None = None,
+    warm_up: bool = True,
+    on_gpu: bool = False,
+) -> dict[str, float]:
     """Median seconds of each function, all called once per round, after one call that is not counted.
 
     With one thread they are seconds of CPU time, system calls included: being interrupted by another program does not
-    count, though sharing caches and memory with it does. With several threads they are seconds by the clock.
+    count, though sharing caches and memory with it does. With several threads, and on a GPU, which is waited for, they
+    are seconds by the clock.
+
+    Args:
+        limit: no further round begins that would, if as long as those before, end later than this many seconds after
+            the first began; there is always one.
+        warm_up: False if all functions have been called before.
+        on_gpu: the functions put work on the current CUDA device.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.thread_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(rounds):
+    if warm_up:
+        for function in functions.values():
+            function()
+    wait()
+    begin = time.perf_counter()
+    for done in range(1, rounds + 1):
         for name, function in functions.items():
             start = clock()
             function()
+            wait()
             times[name].append(clock() - start)
+        if limit is not None and (time.perf_counter() - begin) * (done + 1) / done > limit:
+            break
     return {name: statistics.median(values) for name, values in times.items()}
 
 

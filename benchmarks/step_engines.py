@@ -1,0 +1,213 @@
+"""The two sides of `bench_step.py`, the comparison of their losses, the trunk floor, and where a step's time goes."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from baselines.published_step import PublishedStep
+from peft import get_peft_model
+from step_models import WORDS
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from adazeta import LabelWords, TTConfig, ZerothOrder
+from adazeta.losses import hidden_states
+from adazeta.tuner.sites import resolve_sites
+from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_
+
+#: AdaZeta's adapters; drawn at random ("paper") so that they act and their perturbations are seen in the losses.
+ADAPTER = {"rank": 5, "bottleneck": 64, "sites": "paper", "init": "paper"}
+LITTLE_ADAPTER = {**ADAPTER, "rank": 2, "bottleneck": 8}
+EPS, LR, WEIGHT_DECAY, RUN_SEED = 1e-2, 1e-6, 1e-2, 7
+
+#: Largest difference of the two implementations' losses, root mean square, over the spread of the losses over probes.
+#: Float32 sums in another order; bfloat16 activations are rounded 50 times on the way to a loss.
+TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 0.25}
+
+
+class _Words:
+    """What `LabelWords` needs of a tokenizer: a word is the text of its token id."""
+
+    pad_token_id = 0
+
+    def encode(self, word: str, add_special_tokens: bool) -> list[int]:
+        return [int(word)]
+
+
+class MaskedWords:
+    """Cross entropy over label words at one position of a masked language model, its head run there only."""
+
+    def __call__(self, model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        language_model = model.get_base_model()
+        hidden = language_model.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits = language_model.lm_head(hidden[rows, batch["positions"]])[:, list(WORDS)].float()
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def loss_for(model):
+    """Return the loss over the label words for a causal or a masked language model."""
+    return MaskedWords() if model.config.model_type == "roberta" else LabelWords(_Words(), [str(w) for w in WORDS])
+
+
+class Ours:
+    """`ZerothOrder` on TT adapters in `base`, with a journal in `folder`, as a training run takes its steps."""
+
+    def __init__(self, base, queries: int, folder: str | Path, adapter: Mapping = ADAPTER, **options):
+        self.model = get_peft_model(base, TTConfig(**adapter)).eval()
+        self.loss_fn = loss_for(base)
+        options = {
+            "lr": LR,
+            "eps": EPS,
+            "weight_decay": WEIGHT_DECAY,
+            "combine": "mean",
+            "run_seed": RUN_SEED,
+        } | options
+        self.optimizer = ZerothOrder(self.model, queries=queries, **options)
+        self.optimizer.write_journal(Path(folder) / "journal.azj")
+
+    def step(self, batch) -> float:
+        loss = self.optimizer.estimate(self.loss_fn, batch)
+        self.optimizer.step()
+        return loss
+
+    def frozen_forward(self, batch) -> torch.Tensor:
+        """Run the base model once, without adapters and without its head."""
+        with torch.no_grad(), self.model.disable_adapter():
+            if self.model.config.model_type == "roberta":
+                encoder = self.model.get_base_model().base_model
+                return encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+            return hidden_states(self.model, batch["input_ids"], batch["attention_mask"])
+
+
+def published(base, adapter: Mapping = ADAPTER) -> PublishedStep:
+    """Put the published adapters into `base`, at the sites where `Ours` has them; their numbers are zero."""
+    placed = resolve_sites(adapter["sites"], base.config.model_type)
+    sites = {
+        name: TTAdapterLayout.auto(module.out_features, adapter["bottleneck"], adapter["rank"])
+        for name, module in base.named_modules()
+        if any(name.endswith(f".{site}") for site in placed)
+    }
+    return PublishedStep(base, sites, WORDS, eps=EPS, lr=LR, weight_decay=WEIGHT_DECAY)
+
+
+def our_normals(seed: int, parameters):
+    """Yield the direction that the kernels draw for `seed`, cut into the parameters."""
+    flat = torch.empty(sum(p.numel() for p in parameters), device=parameters[0].device)
+    fill_normal_(flat, seed)
+    for p, z in zip(parameters, flat.split([p.numel() for p in parameters])):
+        yield z.view(p.shape)
+
+
+def compare_losses(ours: Ours, theirs: PublishedStep, batch: Mapping[str, torch.Tensor], queries: int) -> float:
+    """Evaluate `queries` queries of this step's directions with both and return how far the losses are apart.
+
+    Returns:
+        The root mean square of the differences over the root mean square of a row's losses about their mean over the
+        probes: 0 is perfect, and about 1.4 what other directions give.
+
+    Raises:
+        AssertionError: that is above `TOLERANCE` of the dtype, or not a number.
+    """
+    optimizer, seen = ours.optimizer, []
+
+    def recorded(model, part):
+        seen.append(ours.loss_fn(model, part))
+        return seen[-1]
+
+    recorded.rows_per_example = 1
+    schedule, optimizer.queries = optimizer.queries, lambda step, per_epoch: queries
+    normals, theirs.normals = theirs.normals, our_normals
+    try:
+        optimizer.estimate(recorded, batch)
+        optimizer.zero_grad()
+        theirs.load(optimizer.trainable().tensors[0])
+        _, expected = theirs.estimate(batch, derive_seeds(optimizer.run_seed, optimizer.step_index, queries))
+    finally:
+        optimizer.queries, theirs.normals = schedule, normals
+    expected = expected.flatten(0, 1).double()  # [probes, rows]
+    actual = torch.cat(seen).view(expected.shape).double()
+    spread = (expected - expected.mean(0)).square().mean().sqrt()
+    apart = float((actual - expected).square().mean().sqrt() / spread)
+    tolerance = TOLERANCE[next(ours.model.get_base_model().parameters()).dtype]
+    if not apart <= tolerance:
+        raise AssertionError(
+            f"losses differ by {apart:.2g} of their spread over the probes, {tolerance} is allowed; a speed would mean "
+            "nothing"
+        )
+    return apart
+
+
+def profile_split(ours: Ours, batch: Mapping[str, torch.Tensor], steps: int = 1) -> dict[str, float]:
+    """Return the share of one step's time, in per cent, that each of its parts takes; the shares add up to 100.
+
+    base: the frozen model without its head. adapters: the adapters, without their factors. factors: making the factors
+    of all probes. head: gathering scored positions, head, loss. update: the change of theta. journal: its record. host:
+    everything else. On a GPU the times are the device's, and what it waits is not in them.
+    """
+    handles = []
+
+    def range_of(module, name):
+        opened = []
+
+        def enter(*_):
+            opened.append(record_function(name))
+            opened[-1].__enter__()
+
+        def leave(*_):
+            opened.pop().__exit__(None, None, None)
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+
+    optimizer, loss_fn, append = ours.optimizer, ours.loss_fn, ours.optimizer.journal.append
+    range_of(ours.model.get_base_model().base_model, "bench.trunk")
+    for _, layer in optimizer.tt_model.tt_layers(optimizer.adapter):
+        range_of(layer, "bench.adapted")
+        range_of(layer.base_layer, "bench.linear")
+
+    def loss(model, part):
+        with record_function("bench.loss"):
+            return loss_fn(model, part)
+
+    loss.rows_per_example = 1
+
+    def journal(record):
+        with record_function("bench.journal"):
+            append(record)
+
+    on_gpu = batch["input_ids"].is_cuda
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    optimizer.journal.append = journal
+    try:
+        with profile(activities=activities) as prof:
+            for _ in range(steps):
+                with record_function("bench.estimate"):
+                    optimizer.estimate(loss, batch)
+                with record_function("bench.step"):
+                    optimizer.step()
+    finally:
+        optimizer.journal.append = append
+        for handle in handles:
+            handle.remove()
+    total = {e.key: e.device_time_total if on_gpu else e.cpu_time_total for e in prof.key_averages()}
+    get = {name: total.get(name, 0.0) for name in ("bench.trunk", "bench.adapted", "bench.linear", "bench.journal")}
+    factors = total.get("adazeta::tt_factors", 0.0)
+    parts = {
+        "base": get["bench.trunk"] - get["bench.adapted"] + get["bench.linear"],
+        "adapters": get["bench.adapted"] - get["bench.linear"] - factors,
+        "factors": factors,
+        "head": total["bench.loss"] - get["bench.trunk"],
+        "update": total["bench.step"] - get["bench.journal"],
+        "journal": get["bench.journal"],
+        "host": total["bench.estimate"] - total["bench.loss"],
+    }
+    whole = total["bench.estimate"] + total["bench.step"]
+    return {name: 100 * value / whole for name, value in parts.items()}
+
+
+def pair(base, queries: int, folder, adapter: Mapping = ADAPTER) -> tuple[Ours, PublishedStep]:
+    """Return both sides, on equal copies of `base`."""
+    theirs = published(copy.deepcopy(base), adapter)
+    return Ours(base, queries, folder, adapter), theirs
