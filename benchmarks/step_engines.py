@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from baselines.published_step import PublishedStep
 from peft import get_peft_model
-from step_models import WORDS
-from torch.nn import functional as F
+from step_models import MASK, WORDS
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from adazeta import LabelWords, TTConfig, ZerothOrder
-from adazeta.losses import hidden_states
+from adazeta import LabelWords, MaskedLabelWords, TTConfig, ZerothOrder
+from adazeta.scoring import kind_of, model_inputs, trunk_of
 from adazeta.tuner.sites import resolve_sites
 from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_
 
@@ -27,28 +26,18 @@ TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 0.25}
 
 
 class _Words:
-    """What `LabelWords` needs of a tokenizer: a word is the text of its token id."""
+    """What the losses need of a tokenizer: a word is the text of its token id."""
 
-    pad_token_id = 0
+    pad_token_id, mask_token_id = 0, MASK
 
     def encode(self, word: str, add_special_tokens: bool) -> list[int]:
         return [int(word)]
 
 
-class MaskedWords:
-    """Cross entropy over label words at one position of a masked language model, its head run there only."""
-
-    def __call__(self, model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        language_model = model.get_base_model()
-        hidden = language_model.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)
-        logits = language_model.lm_head(hidden[rows, batch["positions"]])[:, list(WORDS)].float()
-        return F.cross_entropy(logits, batch["labels"], reduction="none")
-
-
 def loss_for(model):
     """Return the loss over the label words for a causal or a masked language model."""
-    return MaskedWords() if model.config.model_type == "roberta" else LabelWords(_Words(), [str(w) for w in WORDS])
+    loss = MaskedLabelWords if kind_of(model) == "masked" else LabelWords
+    return loss(_Words(), [str(word) for word in WORDS])
 
 
 class Ours:
@@ -73,12 +62,9 @@ class Ours:
         return loss
 
     def frozen_forward(self, batch) -> torch.Tensor:
-        """Run the base model once, without adapters and without its head."""
+        """Run the base model once, without adapters and without its head, with what the loss gives it."""
         with torch.no_grad(), self.model.disable_adapter():
-            if self.model.config.model_type == "roberta":
-                encoder = self.model.get_base_model().base_model
-                return encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-            return hidden_states(self.model, batch["input_ids"], batch["attention_mask"])
+            return trunk_of(self.model)(**model_inputs(self.model, batch)).last_hidden_state
 
 
 def published(base, adapter: Mapping = ADAPTER) -> PublishedStep:
@@ -162,7 +148,7 @@ def profile_split(ours: Ours, batch: Mapping[str, torch.Tensor], steps: int = 1)
         handles.append(module.register_forward_hook(leave))
 
     optimizer, loss_fn, append = ours.optimizer, ours.loss_fn, ours.optimizer.journal.append
-    range_of(ours.model.get_base_model().base_model, "bench.trunk")
+    range_of(trunk_of(ours.model), "bench.trunk")
     for _, layer in optimizer.tt_model.tt_layers(optimizer.adapter):
         range_of(layer, "bench.adapted")
         range_of(layer.base_layer, "bench.linear")

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-#: Token ids of the two label words, and the lowest id of a batch's tokens: below it are the padding and such.
-WORDS, LOWEST = (11, 12), 16
+#: Token ids of the mask and of the two label words; a batch's other tokens are above all special ones.
+MASK, WORDS, LOWEST = 10, (11, 12), 16
 
 
 def llama(width: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **settings):
@@ -81,9 +81,10 @@ def build(name: str, dtype: torch.dtype, device: str = "cpu", little: bool = Fal
 
 
 def make_batch(model: nn.Module, examples: int, tokens: int, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Return `examples` rows of `tokens` real tokens, the last position scored, with labels 0 and 1 in turn."""
+    """Return `examples` rows of `tokens` real tokens with labels 0 and 1 in turn; the last is the mask, and scored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(LOWEST, model.config.vocab_size, (examples, tokens), generator=generator)
+    ids[:, -1] = MASK
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -48,7 +48,8 @@ else
   outcome[sanitizers]=127
 fi
 step launch "$python" benchmarks/bench_launch.py --json "$results/$stamp-launch.json"
-step benchmarks "$python" -m pytest benchmarks/bench_cuda.py benchmarks/bench_triton.py --benchmark-only -q \
+step benchmarks "$python" -m pytest benchmarks/bench_cuda.py benchmarks/bench_triton.py benchmarks/bench_step.py \
+  --benchmark-only -q \
   "--benchmark-json=$results/$stamp-benchmarks.json"
 
 OUTCOME=$(for name in "${!outcome[@]}"; do echo "$name=${outcome[$name]}"; done) \
