@@ -22,6 +22,8 @@ class ZOConfig:
         probes_per_forward: most probes in one forward; None chooses by the number of tokens.
         on_divergence: ``"stop"``, ``"rollback"`` or ``"ignore"``: what becomes of a step that the guard refuses.
         share_prefix: run blocks below the first adapter once per example instead of once per probe.
+        prefix_cache: what becomes of their outputs after a step: ``"off"``, ``"memory"`` or ``"disk"``, with a limit in
+            ``"memory:2GiB"``; ``"auto"`` is memory in runs of more than an epoch.
     """
 
     eps: float = 1e-2
@@ -37,3 +39,4 @@ class ZOConfig:
     probes_per_forward: int | None = None
     on_divergence: str = "stop"
     share_prefix: bool = True
+    prefix_cache: str = "auto"

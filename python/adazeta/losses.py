@@ -5,14 +5,13 @@ A classification loss also has ``scores(model, batch) -> [rows, classes]``, whos
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .probe_tokens import CopiedPrompts, focused, last_real_token, one_copy_below
+from .probe_tokens import CopiedPrompts, focused, last_real_token
 from .scoring import (
     aligned,
     kind_of,
@@ -22,6 +21,7 @@ from .scoring import (
     token_log_probs,
     tt_model_of,
 )
+from .tokens import real_tokens
 
 
 def refuse_last(model: nn.Module, what: str) -> None:
@@ -132,16 +132,13 @@ class LabelWords(_Words):
             rows = torch.arange(len(ids), device=ids.device)
             return scored_logits(model, batch, rows, last, self._first_tokens(ids.device))
 
-    def losses_at_copies(
-        self, model: nn.Module, batch: Mapping[str, Any], copies: int, share_prefix: str | None = None
-    ) -> torch.Tensor:
+    def losses_at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
         """Return the losses at ``copies`` copies of every prompt's last token, ``[B, copies]`` float32.
 
         Args:
             model: a model with active probe tokens (``adazeta.probe_tokens``).
             batch: input_ids, attention_mask, labels.
             copies: C, probes per row.
-            share_prefix: name of the adapter below whose first block one copy is enough, or None.
         """
         self._check(model)
         batch = aligned(batch)
@@ -149,12 +146,9 @@ class LabelWords(_Words):
         prompts = CopiedPrompts.of(ids, batch["attention_mask"], copies, next(language_model(model).parameters()).dtype)
         length = prompts.input_ids.shape[1]
         inputs = {name: getattr(prompts, name) for name in ("input_ids", "attention_mask", "position_ids")}
-        shared = (
-            nullcontext() if share_prefix is None else one_copy_below(tt_model_of(model), share_prefix, length, copies)
-        )
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(copies)
         columns = torch.arange(length - copies, length, device=ids.device).repeat(len(ids))
-        with shared:
+        with real_tokens(batch["attention_mask"], copies):
             logits = scored_logits(model, {**inputs, "use_cache": False}, rows, columns, self._first_tokens(ids.device))
         labels = batch["labels"].repeat_interleave(copies)
         return F.cross_entropy(logits, labels, reduction="none").view(-1, copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -52,6 +53,25 @@ def _status(key: str) -> int | None:
     except OSError:
         return None
     return None
+
+
+def available_bytes() -> int:
+    """Return the memory that this process can take without swapping, its control group's limit included.
+
+    Where the system does not tell (not Linux), half of the physical memory.
+    """
+    found = []
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(0, limit - used))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        pass
+    return min(found)
 
 
 def _trim() -> None:

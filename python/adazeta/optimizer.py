@@ -1,6 +1,7 @@
 """``ZerothOrder``: a torch optimizer whose ``estimate`` stands where ``loss.backward()`` stood."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,20 @@ import torch
 
 from adazeta_kernels import derive_seeds
 
+from .assets import cache_dir
 from .digests import crc_of, sha256_of
 from .errors import Diverged, JournalError
 from .estimator import coefficients, probe_signs, projected_gradients
 from .guards import Guard
 from .journal import Journal
+from .prefix import Prefix
+from .prefix_cache import cache_of
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, batch_size, evaluate_probes
 from .recording import describe_run
 from .replay import check_digest, decayed_views, initial_values, replay
 from .schedule import as_schedule
+from .tokens import TokenCount
 from .tuner import TTModel
 from .update import Step, Trainable, apply_step
 
@@ -48,6 +53,8 @@ class ZerothOrder(torch.optim.Optimizer):
         steps_per_epoch: batches per epoch, for schedules that grow by epoch.
         probes_per_forward: most probes evaluated in one forward; by default from the number of tokens.
         share_prefix: run the blocks below the first adapter once per example.
+        prefix_cache: where their outputs are kept for later steps: ``"off"``, ``"memory"`` or ``"disk"``, with a limit
+            as in ``"memory:2GiB"`` (else a quarter of what is free); ``"auto"`` is memory.
         virtual: False perturbs adapters in place too (slow; the same losses up to rounding).
         on_divergence: what becomes of a step that ``adazeta.guards.Guard`` refuses: ``"stop"`` raises ``Diverged``,
             ``"rollback"`` goes back to the journal's best point and on with half the learning rate, ``"ignore"`` makes
@@ -78,6 +85,7 @@ class ZerothOrder(torch.optim.Optimizer):
         steps_per_epoch: int = 1,
         probes_per_forward: int | None = None,
         share_prefix: bool = True,
+        prefix_cache: str = "auto",
         virtual: bool = True,
         on_divergence: str = "stop",
     ):
@@ -101,8 +109,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self.directions, self.difference, self.distribution = directions, difference, distribution
         self.combine, self.floor, self.clip = combine, floor, clip
         self.run_seed, self.steps_per_epoch = run_seed, steps_per_epoch
-        self.probes_per_forward, self.share_prefix, self.virtual = probes_per_forward, share_prefix, virtual
+        self.probes_per_forward, self.virtual = probes_per_forward, virtual
         self.tt_model, self.adapter = _trainable_adapter(model)
+        cache = cache_of(prefix_cache, cache_dir() / "prefix")
+        self.prefix = Prefix(self.tt_model, self.adapter, cache) if self.tt_model and share_prefix else None
+        self.tokens = TokenCount()
         layers = self.tt_model.tt_layers(self.adapter) if self.tt_model else []
         adapter_ids = {id(layer.tt_theta[self.adapter]) for _, layer in layers}
         self.sites = [(name, layer.layout[self.adapter]) for name, layer in layers]
@@ -152,32 +163,32 @@ class ZerothOrder(torch.optim.Optimizer):
         virtual = self.tt_model is not None and self.virtual
         # Asked for even where it is not perturbed itself: it makes the layers' offsets those of the flat vector.
         theta = [self.tt_model.theta(self.adapter)] if self.tt_model is not None else []
-        if virtual and not self.others and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
-            losses, rows = evaluate_probe_tokens(
-                plan,
-                batch,
-                self.model,
-                loss_fn,
-                tt_model=self.tt_model,
-                adapter=self.adapter,
-                distribution=self.distribution,
-                probes_per_forward=self.probes_per_forward,
-                share_prefix=self.share_prefix,
-            )
-        else:
-            rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
-            losses = evaluate_probes(
-                plan,
-                batch,
-                lambda part: loss_fn(self.model, part),
-                tt_model=self.tt_model if virtual else None,
-                adapter=self.adapter,
-                in_place=([] if virtual else theta) + [p.data for p in self.others.values()],
-                in_place_offset=theta[0].numel() if virtual else 0,
-                distribution=self.distribution,
-                probes_per_forward=self.probes_per_forward,
-                share_prefix=self.share_prefix,
-            )
+        shared = self.prefix.shared() if self.prefix is not None else nullcontext()
+        with self.tokens.counting(self.model), shared:
+            if virtual and not self.others and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
+                losses, rows = evaluate_probe_tokens(
+                    plan,
+                    batch,
+                    self.model,
+                    loss_fn,
+                    tt_model=self.tt_model,
+                    adapter=self.adapter,
+                    distribution=self.distribution,
+                    probes_per_forward=self.probes_per_forward,
+                )
+            else:
+                rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
+                losses = evaluate_probes(
+                    plan,
+                    batch,
+                    lambda part: loss_fn(self.model, part),
+                    tt_model=self.tt_model if virtual else None,
+                    adapter=self.adapter,
+                    in_place=([] if virtual else theta) + [p.data for p in self.others.values()],
+                    in_place_offset=theta[0].numel() if virtual else 0,
+                    distribution=self.distribution,
+                    probes_per_forward=self.probes_per_forward,
+                )
         self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))
         self._seeds_used += len(seeds)
         self.rows += rows
@@ -347,6 +358,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "step": self.step_index,
             "rows": self.rows,
             "evaluations": self.evaluations,
+            "tokens": (self.tokens.processed, self.tokens.real),
             "dropped": self.dropped,
             "clipped": self.clipped,
             "run_seed": self.run_seed,
@@ -370,6 +382,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
         self.dropped, self.clipped = own["dropped"], own["clipped"]
         self._counted = (self.rows, self.evaluations)
+        self.tokens.restore(*own.get("tokens", (0, 0)))
         self._momentum = [m.to(t.device).clone() for m, t in zip(own["momentum"], self.trainable().tensors)]
 
     def fingerprint(self) -> str:

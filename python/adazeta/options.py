@@ -91,6 +91,15 @@ def layers(value) -> str | list[int]:
     return found
 
 
+def cache_setting(value) -> str:
+    """Read auto, off, memory[:SIZE] or disk[:SIZE]."""
+    from adazeta.prefix_cache import read_setting
+
+    value = "off" if value is False else str(value)  # YAML reads off as false
+    read_setting(value)
+    return value
+
+
 @dataclass(frozen=True)
 class Option:
     """One setting.
@@ -242,6 +251,14 @@ METHOD = [
         "most probes in one forward",
         goes_to="zo.probes_per_forward",
         shown="chosen from the number of tokens",
+    ),
+    Option(
+        "prefix-cache",
+        cache_setting,
+        "where outputs of blocks below the first adapter are kept for later epochs: off, memory or disk, with a limit "
+        "as in memory:2GiB (else a quarter of what is free); auto: memory in runs of more than one epoch",
+        goes_to="zo.prefix_cache",
+        default="auto",
     ),
 ]
 TRAINING = [

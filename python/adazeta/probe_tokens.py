@@ -8,7 +8,7 @@ before it and itself, and is adapted with its own factors. A loss then costs one
     tokens      the prompt       C copies of the last token
     a copy sees all of them      itself
 
-Blocks below the first adapter see the same copy C times, so they get it once.
+Blocks below the first adapter see the prompt alone (``adazeta.prefix``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -102,56 +102,6 @@ class CopiedPrompts:
         return cls(ids, position_ids, mask[:, None], copies)
 
 
-@contextmanager
-def one_copy_below(tt_model, adapter: str, length: int, copies: int) -> Iterator[bool]:
-    """Give the blocks below the first adapter one copy instead of ``copies``; yields whether any block profits.
-
-    Args:
-        tt_model: a ``TTModel`` whose adapted layers sit in one list of blocks.
-        adapter: name of the adapter.
-        length: tokens of a row with all copies.
-        copies: C.
-    """
-    found = tt_model.block_list(adapter)
-    if found is None or found[1] == 0 or copies == 1:
-        yield False
-        return
-    name, first = found
-    blocks = tt_model.model.get_submodule(name)
-    short = length - copies + 1
-
-    def cut(key, value):
-        if key == "attention_mask" and torch.is_tensor(value):
-            return value[..., :short, :short]
-        if key == "position_embeddings":
-            return tuple(v[:, :short] for v in value)
-        if key == "position_ids" and torch.is_tensor(value):
-            return value[:, :short]
-        if key == "hidden_states":
-            return value[:, :short]
-        if torch.is_tensor(value) and length in value.shape:
-            raise ValueError(f"cannot shorten the block argument {key!r} of shape {tuple(value.shape)}")
-        return value
-
-    def enter(module, args, kwargs):
-        if args:
-            args = (cut("hidden_states", args[0]), *args[1:])
-        return args, {key: cut(key, value) for key, value in kwargs.items()}
-
-    def leave(module, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = torch.cat((hidden[:, :-1], hidden[:, -1:].expand(-1, copies, -1)), 1)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    handles = [blocks[i].register_forward_pre_hook(enter, with_kwargs=True) for i in range(first)]
-    handles.append(blocks[first].register_forward_pre_hook(leave, with_kwargs=True))
-    try:
-        yield True
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def can_use_probe_tokens(tt_model, adapter: str, loss_fn) -> bool:
     """Whether the adapter acts on the last token alone and the loss knows how to score copies of it."""
     return (
@@ -173,7 +123,6 @@ def evaluate_probe_tokens(
     adapter: str,
     distribution: str = "gaussian",
     probes_per_forward: int | None = None,
-    share_prefix: bool = True,
 ) -> tuple[torch.Tensor, int]:
     """Return the loss of every row at every probe, as ``adazeta.probes.evaluate_probes``, and the rows it cost.
 
@@ -213,7 +162,7 @@ def evaluate_probe_tokens(
             with ExitStack() as stack:
                 stack.enter_context(probing(tt_model, probes))
                 stack.enter_context(focused(tt_model, ProbeTokens(count, groups)))
-                pieces.append(loss_fn.losses_at_copies(model, part, count, adapter if share_prefix else None).float())
+                pieces.append(loss_fn.losses_at_copies(model, part, count).float())
             rows_done += len(rows)
         blocks.append(torch.cat(pieces, 1))  # [rows, per_row]
     losses = torch.cat(blocks).cpu()

@@ -154,7 +154,6 @@ def evaluate_probes(
     in_place_offset: int = 0,
     distribution: str = "gaussian",
     probes_per_forward: int | None = None,
-    share_prefix: bool = True,
 ) -> torch.Tensor:
     """Return the loss of every row at every probe, ``[G, Q, S, rows_per_probe]`` float32 on the CPU.
 
@@ -166,13 +165,10 @@ def evaluate_probes(
         in_place: further parameters, perturbed in place one probe at a time; their first element has index
             ``in_place_offset`` in the direction.
         probes_per_forward: limit of probes in one forward; by default from the number of tokens.
-        share_prefix: run blocks below the first adapter once per example instead of once per probe.
 
     Raises:
         ValueError: ``loss_fn`` does not return one value per row.
     """
-    from .prefix import shared_prefix
-
     limit = probes_per_forward or default_probes_per_forward(plan, batch)
     if in_place:
         limit = 1
@@ -184,8 +180,6 @@ def evaluate_probes(
         with ExitStack() as stack:
             if tt_model is not None:
                 stack.enter_context(probing(tt_model, Probes.of(seeds, scales, adapter, distribution)))
-                if share_prefix and not in_place:
-                    stack.enter_context(shared_prefix(tt_model, adapter, rows))
             if in_place:
                 stack.enter_context(
                     perturbed_in_place(in_place, seeds[0], scales[0], offset=in_place_offset, distribution=distribution)

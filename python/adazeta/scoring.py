@@ -7,13 +7,14 @@ hook on the last block's output keeps the scored positions, and the output layer
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .tokens import real_tokens
 from .tuner import TTModel
 
 #: Tensors of a batch that are inputs of the model; the rest (labels, say) is the loss's.
@@ -118,7 +119,9 @@ def scored_logits(
     inputs, inner = model_inputs(model, batch), language_model(model)
     head = inner.get_output_embeddings()
     few = _is_plain(head, inner)
-    with _gathered(trunk_of(model), rows, columns) as gathered, _float32_head(head, words if few else None, few):
+    mask = None if "attention_mask" in inputs else batch.get("attention_mask")
+    told = nullcontext() if mask is None else real_tokens(mask)
+    with told, _gathered(trunk_of(model), rows, columns) as gathered, _float32_head(head, words if few else None, few):
         logits = inner(**inputs).logits
     logits = (logits[0] if gathered else logits[rows, columns]).float()
     return logits if few or words is None else logits[:, words]

@@ -40,7 +40,9 @@ class ZOTrainer(Trainer):
 
     Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model) and
     ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the
-    projected gradients and ``dropped`` queries.
+    projected gradients and ``dropped`` queries, and ``tokens`` and ``real_tokens`` so far, with padding and without.
+    With a cache of the blocks below the first adapter also ``prefix_hits``, ``prefix_misses`` (examples so far) and
+    ``prefix_bytes``.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class ZOTrainer(Trainer):
         if self.optimizer is None:
             settings = {name: getattr(self.zo, name) for name in asdict(self.zo)}
             run_seed = settings.pop("run_seed")
+            if settings["prefix_cache"] == "auto" and not self._meets_examples_again():
+                settings["prefix_cache"] = "off"
             self.optimizer = ZerothOrder(
                 self.model if model is None else model,
                 lr=self.args.learning_rate,
@@ -90,6 +94,10 @@ class ZOTrainer(Trainer):
             return max(1, -(-len(self.train_dataset) // batch))
         except TypeError:  # a stream has no length: the whole run is one epoch
             return max(1, self.args.max_steps)
+
+    def _meets_examples_again(self) -> bool:
+        steps = self.args.max_steps
+        return steps > self._steps_per_epoch() if steps > 0 else self.args.num_train_epochs > 1
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -163,7 +171,12 @@ class ZOTrainer(Trainer):
                 rows_per_s=rows / seconds if seconds > 0 and not self._from_journal else 0.0,
                 spread=optimizer.spread,
                 dropped=optimizer.dropped,
+                tokens=optimizer.tokens.processed,
+                real_tokens=optimizer.tokens.real,
             )
+            if optimizer.prefix is not None and optimizer.prefix.cache is not None:
+                prefix = optimizer.prefix
+                logs.update(prefix_hits=prefix.hits, prefix_misses=prefix.misses, prefix_bytes=prefix.cache.bytes)
         super().log(logs, start_time)
 
 

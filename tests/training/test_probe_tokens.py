@@ -55,19 +55,6 @@ def test_one_token_per_probe_equals_one_row_per_probe(groups, left, limit):
         assert rows == 4  # every prompt once
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_blocks_below_the_first_adapter_see_one_copy(first):
-    model = tiny_adapted(layers=3, noise=0.3, positions="last", layers_to_transform=list(range(first, 3)))
-    seen = []
-    for block in model.base_model.model.model.layers:
-        block.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1]))
-    plan, batch = Plan(list(range(20)), 0.1, SIGNS, 4, 1), prompts()
-    shared, _ = at_tokens(model, plan, batch)
-    assert seen == [7] * first + [6 + 10] * (3 - first)
-    plain, _ = at_tokens(model, plan, batch, share_prefix=False)
-    torch.testing.assert_close(shared, plain, atol=2e-6, rtol=0)
-
-
 class LastTokenDense(nn.Module):
     """Float64 stand-in: the dense adapter on one column of the base layer's output."""
 

@@ -33,7 +33,7 @@ def test_twenty_probes_differ_by_less_than_1e_5_from_sequential():
     model = tiny_adapted(noise=0.2)
     plan = Plan(list(range(10)), 0.05, SIGNS, 1, 4)
     a = losses_of(model, plan, lm_batch(4), probes_per_forward=20)
-    b = losses_of(model, plan, lm_batch(4), probes_per_forward=1, share_prefix=False)
+    b = losses_of(model, plan, lm_batch(4), probes_per_forward=1)
     assert (a - b).abs().max() <= 1e-5
 
 
@@ -87,31 +87,6 @@ def test_in_place_is_undone_when_the_loss_fails():
     with pytest.raises(KeyError):
         evaluate_probes(Plan([1], 0.1, SIGNS, 1, 4), lm_batch(4), fail, in_place=[theta])
     assert torch.equal(theta, before)
-
-
-@pytest.mark.parametrize("first", [1, 2])
-def test_blocks_below_the_first_adapter_run_once_per_example(first):
-    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=list(range(first, 3)))
-    batch = lm_batch(4)
-    plan = Plan(list(range(5)), 0.05, SIGNS, 1, 4)
-    rows_seen = []
-    blocks = model.base_model.model.model.layers
-    hooks = [b.mlp.register_forward_pre_hook(lambda m, a: rows_seen.append(a[0].shape[0])) for b in blocks]
-    shared = losses_of(model, plan, batch, probes_per_forward=10)
-    assert rows_seen == [4] * first + [40] * (3 - first)
-    for hook in hooks:
-        hook.remove()
-    plain = losses_of(model, plan, batch, probes_per_forward=10, share_prefix=False)
-    torch.testing.assert_close(shared, plain, atol=2e-6, rtol=0)
-
-
-def test_shared_prefix_with_a_direction_per_example_and_left_padding():
-    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=[2])
-    batch = {k: v.flip(1) for k, v in lm_batch(4).items()}  # padding on the left: the mask is needed
-    plan = Plan(list(range(8)), 0.05, SIGNS, 4, 1)
-    shared = losses_of(model, plan, batch, probes_per_forward=6)
-    plain = losses_of(model, plan, batch, probes_per_forward=1, share_prefix=False)
-    torch.testing.assert_close(shared, plain, atol=2e-6, rtol=0)
 
 
 def test_plan_names_seed_scale_and_rows():

@@ -1,0 +1,79 @@
+"""What the hidden states below the first adapter depend on: its tensors, marks of a change, a digest for other runs."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+SAMPLES = 16  # numbers of every tensor that are looked at before each estimate
+
+
+class CannotShare(Exception):
+    """Why a forward has to pass all blocks for every row."""
+
+
+def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of what lies below block ``first``, and of what lies beside the blocks.
+
+    Args:
+        backbone: the module that turns token ids into hidden states.
+        blocks: name of its list of blocks.
+        first: index of the first adapted block.
+
+    Raises:
+        CannotShare: a tensor is trainable, or an adapter is active below.
+    """
+    for name, module in backbone.named_modules():
+        inside = name.startswith(f"{blocks}.")
+        if inside and int(name[len(blocks) + 1 :].split(".")[0]) >= first:
+            continue
+        if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
+            held = {adapter for kind in module.adapter_layer_names for adapter in getattr(module, kind)}
+            if active := sorted(held.intersection(module.active_adapters)):
+                raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
+        for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.requires_grad:
+                raise CannotShare(f"{name}.{own} is trainable")
+            yield f"{name}.{own}", tensor
+
+
+def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
+    """Return what changes when tensors are replaced, moved, cast or written to.
+
+    Writes through ``.data`` leave no trace but the numbers: a few of each tensor are read.
+    """
+    found, samples = [], []
+    for name, tensor in tensors.items():
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+        place = tensor.data_ptr() if plain else id(tensor)
+        found.append((name, place, 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device))
+        if plain and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
+            samples.append(tensor.detach().view(-1)[:: max(1, tensor.numel() // SAMPLES)].double())
+    return found, torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
+
+
+def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) -> str:
+    """Return the SHA-256 of all that decides the bits of the hidden states below block ``first``."""
+    config = getattr(backbone, "config", None)
+    device = next(iter(tensors.values())).device
+    on_cpu = device.type == "cpu"
+    about = {
+        "config": config.to_dict() if hasattr(config, "to_dict") else {},
+        "attention": getattr(config, "_attn_implementation", None),
+        "modules": [f"{name} {type(module).__qualname__}" for name, module in backbone.named_modules()],
+        "first": first,
+        "torch": torch.__version__,
+        "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+    for name in ("_name_or_path", "transformers_version"):
+        about["config"].pop(name, None)
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        digest.update(dense.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""Blocks below the first adapter: run once per example, in every family, and refused where they cannot be shared."""
+
+import logging
+
+import pytest
+import torch
+from peft import get_peft_model
+from test_families import SETTINGS
+from tiny import lm_batch, tiny_adapted
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from adazeta import TTConfig, ZerothOrder
+from adazeta.losses import LabelWords, causal_lm_loss
+
+MASKED = ("bert", "roberta")
+
+
+class Words:
+    pad_token_id = 0
+
+    def encode(self, text, add_special_tokens):
+        return [{"good": 5, "bad": 9}[text]]
+
+
+LABEL_WORDS = LabelWords(Words(), ["good", "bad"])
+
+
+def family(model_type, layers=3, noise=0.3, **config):
+    """A tiny model of a family with adapters in its last block only."""
+    torch.manual_seed(0)
+    settings = {**SETTINGS[model_type], "n_layer" if model_type == "gpt2" else "num_hidden_layers": layers}
+    settings.pop("num_labels", None)
+    auto = AutoModelForMaskedLM if model_type in MASKED else AutoModelForCausalLM
+    base = auto.from_config(AutoConfig.for_model(model_type, pad_token_id=0, **settings)).eval()
+    config = {"rank": 2, "bottleneck": 8, "act": "gelu", "layers_to_transform": [layers - 1], **config}
+    model = get_peft_model(base, TTConfig(**config)).eval()
+    theta = model.base_model.theta()
+    theta.add_(torch.randn(theta.shape, generator=torch.Generator().manual_seed(2)), alpha=noise)
+    return model
+
+
+def masked_loss(model, batch):
+    """Any loss will do: the model's own forward and whatever is made of it."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits.float()
+    mean = (logits.log_softmax(-1)[..., 5] * batch["attention_mask"]).sum(1) / batch["attention_mask"].sum(1)
+    return -mean
+
+
+def loss_and_batch(model_type, positions, left):
+    batch = lm_batch(4, 7)
+    if left:
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    if positions == "last":
+        return LABEL_WORDS, {**batch, "labels": torch.arange(4) % 2}
+    return (masked_loss if model_type in MASKED else causal_lm_loss), batch
+
+
+def estimates(model, loss, batch, steps=2, queries=3, **settings):
+    """Losses of a few steps, from theta as it is; theta is put back."""
+    theta = model.base_model.theta()
+    before = theta.clone()
+    opt = ZerothOrder(model, lr=0.05, eps=0.1, queries=queries, directions="example", **settings)
+    losses = []
+    for _ in range(steps):
+        losses.append(opt.estimate(loss, batch))
+        opt.step()
+    theta.copy_(before)
+    return torch.tensor(losses), opt
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_shared_blocks_change_no_loss(model_type, positions, left):
+    if model_type in MASKED and positions == "last":
+        return  # the last token of an encoder's prompt is nothing that is scored
+    # OPT's MLP sees all rows' tokens in one dimension, where the last of a row cannot be told.
+    settings = {"sites": ["out_proj"]} if (model_type, positions) == ("opt", "last") else {}
+    model = family(model_type, positions=positions, **settings)
+    loss, batch = loss_and_batch(model_type, positions, left)
+    plain, opt = estimates(model, loss, batch, share_prefix=False)
+    assert opt.prefix is None and plain.std() > 1e-6
+    for setting in ("off", "memory"):
+        shared, opt = estimates(model, loss, batch, prefix_cache=setting)
+        torch.testing.assert_close(shared, plain, atol=1e-5, rtol=0)
+        if not left or positions == "last":
+            assert opt.prefix.misses == (8 if setting == "off" else 4) and opt.prefix.hits == 8 - opt.prefix.misses
+
+
+def blocks_of(model):
+    return model.base_model.model.model.layers
+
+
+def calls(model, monkeypatch):
+    """Rows and tokens that the embeddings and every block's MLP get, from now on."""
+    seen = {name: [] for name in ("embeddings", *range(len(blocks_of(model))))}
+    for index, block in enumerate(blocks_of(model)):
+        block.mlp.register_forward_pre_hook(lambda m, args, rows=seen[index]: rows.append(tuple(args[0].shape[:2])))
+    look_up = torch.nn.Embedding.forward
+
+    def forward(module, ids):
+        seen["embeddings"].append(tuple(ids.shape))
+        return look_up(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_lower_blocks_run_once_per_example_and_never_for_known_ones(first, monkeypatch):
+    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=list(range(first, 3)))
+    seen = calls(model, monkeypatch)
+    opt = ZerothOrder(model, queries=5, prefix_cache="memory", probes_per_forward=4)
+    batch = lm_batch(5)
+    lengths = batch["attention_mask"].sum(1).tolist()
+
+    def passed(rows):
+        for shapes in seen.values():
+            shapes.clear()
+        opt.zero_grad()
+        opt.estimate(causal_lm_loss, {name: value[rows].clone() for name, value in batch.items()})
+        return list(seen.values())
+
+    passed([4])  # and the trial of the family
+    alone = [(1, length) for length in lengths]
+    assert passed([0, 1, 2, 3]) == [alone[:4]] * (first + 1) + [[(16, 7), (16, 7), (8, 7)]] * (3 - first)
+    assert passed([3, 2, 1, 0]) == [[]] * (first + 1) + [[(16, 7), (16, 7), (8, 7)]] * (3 - first)
+    batch["input_ids"][1, 0] = 63 - batch["input_ids"][1, 0]
+    assert passed([0, 1])[: first + 1] == [[alone[1]]] * (first + 1)  # only the new one
+    assert passed([4, 4])[: first + 1] == [[]] * (first + 1)
+    assert (opt.prefix.hits, opt.prefix.misses) == (4 + 1 + 1, 1 + 4 + 1)
+    assert opt.prefix.cache.bytes == 4 * 32 * sum([*lengths, lengths[1]])
+
+
+def test_prompts_pass_the_lower_blocks_once_for_all_copies(monkeypatch):
+    model = tiny_adapted(layers=3, noise=0.3, positions="last", layers_to_transform=[1, 2])
+    batch = {**lm_batch(4), "labels": torch.arange(4) % 2}
+    seen = calls(model, monkeypatch)
+    opt = ZerothOrder(model, queries=5, directions="example", prefix_cache="off", probes_per_forward=20)
+    opt.estimate(LABEL_WORDS, batch)
+    assert [shape for shape in seen[0] if shape[0] > 1] == [(2, 7), (2, 7)]  # two prompts of 10 copies a forward
+    assert seen[2][-2:] == [(2, 16), (2, 16)]
+
+
+def reason(caplog):
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+def estimate(model, batch):
+    opt = ZerothOrder(model, prefix_cache="memory")
+    opt.estimate(causal_lm_loss, batch)
+    return opt.prefix.hits + opt.prefix.misses
+
+
+def test_nothing_is_shared_where_that_would_be_wrong(caplog):
+    batch = lm_batch(4)
+    model = tiny_adapted(layers=3, layers_to_transform=[2])
+    weight = blocks_of(model)[0].mlp.up_proj.weight
+    with caplog.at_level(logging.WARNING, logger="adazeta"):
+        assert estimate(model.train(), batch) == 0
+        assert "training mode" in reason(caplog)
+        model.eval()
+        weight.requires_grad_(True)
+        assert estimate(model, batch) == 0
+        assert "layers.0.mlp.up_proj.weight is trainable" in reason(caplog)
+        weight.requires_grad_(False)
+        model.add_adapter("lower", TTConfig(rank=2, bottleneck=8, layers_to_transform=[0]))
+        assert estimate(model, batch) == 4  # it is not active
+        model.base_model.set_adapter(["default", "lower"])
+        model.base_model.theta("lower")
+        for _, layer in model.base_model.tt_layers("lower"):
+            layer.tt_theta["lower"].requires_grad_(False)
+        assert estimate(model, batch) == 0
+        assert "'lower' is active in layers.0" in reason(caplog)
+
+
+def handing_on(model, how):
+    """Let block 0 tell block 1 a number: in its output, or beside it in a place that every forward clears."""
+    inner, blocks, told = model.base_model.model.model, blocks_of(model), {}
+    below, above, forward = blocks[0].forward, blocks[1].forward, inner.forward
+
+    def tell(hidden_states, **kwargs):
+        hidden = below(hidden_states, **kwargs)
+        told["mean"] = 10 * hidden.abs().mean()
+        return (hidden, told["mean"]) if how == "in its output" else hidden
+
+    def listen(hidden_states, **kwargs):
+        if how == "in its output":
+            return above(hidden_states[0] + hidden_states[1], **kwargs)
+        return above(hidden_states + told.get("mean", 0), **kwargs)
+
+    def clear(input_ids=None, **kwargs):
+        told.clear()
+        return forward(input_ids=input_ids, **kwargs)
+
+    blocks[0].forward, blocks[1].forward, inner.forward = tell, listen, clear
+
+
+@pytest.mark.parametrize("how", ["in its output", "beside"])
+def test_families_that_hand_on_more_than_hidden_states_are_told(how, caplog):
+    model = tiny_adapted(layers=2, noise=0.3, layers_to_transform=[1])
+    before, _ = estimates(model, causal_lm_loss, lm_batch(4), share_prefix=False)
+    handing_on(model, how)
+    with caplog.at_level(logging.WARNING, logger="adazeta"):
+        shared, opt = estimates(model, causal_lm_loss, lm_batch(4))
+    assert opt.prefix.misses == 0 and "more than hidden states" in reason(caplog)
+    assert len(caplog.records) == 1  # once, not in every step
+    plain, _ = estimates(model, causal_lm_loss, lm_batch(4), share_prefix=False)
+    assert torch.equal(shared, plain) and not torch.allclose(shared, before, atol=1e-3)
