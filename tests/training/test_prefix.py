@@ -4,15 +4,15 @@ import logging
 
 import pytest
 import torch
+from families import FAMILIES, MASKED, batch_for, build
 from peft import get_peft_model
-from test_families import SETTINGS
 from tiny import lm_batch, tiny_adapted
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from adazeta import TTConfig, ZerothOrder
-from adazeta.losses import LabelWords, causal_lm_loss
+from adazeta.losses import LabelWords, causal_lm_loss, lm_loss
 
-MASKED = ("bert", "roberta")
+NOT_SHARED = {"t5": "not in one list of blocks"}
+LAYERS = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}
 
 
 class Words:
@@ -25,35 +25,14 @@ class Words:
 LABEL_WORDS = LabelWords(Words(), ["good", "bad"])
 
 
-def family(model_type, layers=3, noise=0.3, **config):
-    """A tiny model of a family with adapters in its last block only."""
-    torch.manual_seed(0)
-    settings = {**SETTINGS[model_type], "n_layer" if model_type == "gpt2" else "num_hidden_layers": layers}
-    settings.pop("num_labels", None)
-    auto = AutoModelForMaskedLM if model_type in MASKED else AutoModelForCausalLM
-    base = auto.from_config(AutoConfig.for_model(model_type, pad_token_id=0, **settings)).eval()
-    config = {"rank": 2, "bottleneck": 8, "act": "gelu", "layers_to_transform": [layers - 1], **config}
+def family(model_type, first=2, **config):
+    """A tiny model of three blocks with adapters from block ``first`` on."""
+    base = build(model_type, **{LAYERS.get(model_type, "num_hidden_layers"): 3})
+    config = {"rank": 2, "bottleneck": 8, "act": "gelu", "layers_to_transform": list(range(first, 3)), **config}
     model = get_peft_model(base, TTConfig(**config)).eval()
     theta = model.base_model.theta()
-    theta.add_(torch.randn(theta.shape, generator=torch.Generator().manual_seed(2)), alpha=noise)
+    theta.add_(torch.randn(theta.shape, generator=torch.Generator().manual_seed(2)), alpha=0.3)
     return model
-
-
-def masked_loss(model, batch):
-    """Any loss will do: the model's own forward and whatever is made of it."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs).logits.float()
-    mean = (logits.log_softmax(-1)[..., 5] * batch["attention_mask"]).sum(1) / batch["attention_mask"].sum(1)
-    return -mean
-
-
-def loss_and_batch(model_type, positions, left):
-    batch = lm_batch(4, 7)
-    if left:
-        batch = {name: value.flip(1) for name, value in batch.items()}
-    if positions == "last":
-        return LABEL_WORDS, {**batch, "labels": torch.arange(4) % 2}
-    return (masked_loss if model_type in MASKED else causal_lm_loss), batch
 
 
 def estimates(model, loss, batch, steps=2, queries=3, **settings):
@@ -69,23 +48,42 @@ def estimates(model, loss, batch, steps=2, queries=3, **settings):
     return torch.tensor(losses), opt
 
 
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("positions", ["all", "last"])
-@pytest.mark.parametrize("model_type", sorted(SETTINGS))
-def test_shared_blocks_change_no_loss(model_type, positions, left):
-    if model_type in MASKED and positions == "last":
-        return  # the last token of an encoder's prompt is nothing that is scored
-    # OPT's MLP sees all rows' tokens in one dimension, where the last of a row cannot be told.
-    settings = {"sites": ["out_proj"]} if (model_type, positions) == ("opt", "last") else {}
-    model = family(model_type, positions=positions, **settings)
-    loss, batch = loss_and_batch(model_type, positions, left)
+def compare(model, loss, batch):
+    """Losses with shared blocks, kept and not, against those where every row passes every block."""
     plain, opt = estimates(model, loss, batch, share_prefix=False)
     assert opt.prefix is None and plain.std() > 1e-6
-    for setting in ("off", "memory"):
+    for setting, misses in (("off", 8), ("memory", 4)):
         shared, opt = estimates(model, loss, batch, prefix_cache=setting)
         torch.testing.assert_close(shared, plain, atol=1e-5, rtol=0)
-        if not left or positions == "last":
-            assert opt.prefix.misses == (8 if setting == "off" else 4) and opt.prefix.hits == 8 - opt.prefix.misses
+        assert (opt.prefix.misses, opt.prefix.hits) == (misses, 8 - misses)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in NOT_SHARED])
+def test_shared_blocks_change_no_loss(model_type, left):
+    for first in (1, 2):
+        model = family(model_type, first)
+        compare(model, lm_loss, batch_for(model, 4, 7, left=left))
+
+
+@pytest.mark.parametrize("model_type", sorted(NOT_SHARED))
+def test_families_that_cannot_share_say_so_once(model_type, caplog):
+    model = family(model_type)
+    batch = batch_for(model, 4, 7)
+    with caplog.at_level(logging.WARNING, logger="adazeta"):
+        shared, opt = estimates(model, lm_loss, batch)
+    assert opt.prefix.misses == 0 and len(caplog.records) == 1
+    assert NOT_SHARED[model_type] in caplog.records[0].getMessage()
+    assert torch.equal(shared, estimates(model, lm_loss, batch, share_prefix=False)[0])
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in (*NOT_SHARED, *MASKED)])
+def test_shared_blocks_change_no_loss_of_probe_tokens(model_type, left):
+    model = family(model_type, positions="last", **({"sites": ["out_proj"]} if model_type == "opt" else {}))
+    # The mask of copied prompts knows no sliding window (of four tokens in these families).
+    tokens = 4 if getattr(model.config, "sliding_window", None) else 7
+    compare(model, LABEL_WORDS, {**batch_for(model, 4, tokens, left=left), "labels": torch.arange(4) % 2})
 
 
 def blocks_of(model):
