@@ -34,10 +34,22 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
             held = {adapter for kind in module.adapter_layer_names for adapter in getattr(module, kind)}
             if active := sorted(held.intersection(module.active_adapters)):
                 raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
-        for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        attributes = [(own, value) for own, value in vars(module).items() if torch.is_tensor(value)]  # packed weights
+        registered = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for own, tensor in (*registered, *attributes):
             if tensor.requires_grad:
                 raise CannotShare(f"{name}.{own} is trainable")
             yield f"{name}.{own}", tensor
+
+
+class _Itself:
+    """A tensor that is equal to no other; kept, so that no other gets its place."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Itself) and self.tensor is other.tensor
 
 
 def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
@@ -48,7 +60,7 @@ def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
     found, samples = [], []
     for name, tensor in tensors.items():
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-        place = tensor.data_ptr() if plain else id(tensor)
+        place = tensor.data_ptr() if plain else _Itself(tensor)
         found.append((name, place, 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device))
         if plain and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
             samples.append(tensor.detach().view(-1)[:: max(1, tensor.numel() // SAMPLES)].double())

@@ -8,6 +8,7 @@ import torch
 from tiny import lm_batch, tiny_adapted
 
 from adazeta import ZerothOrder
+from adazeta.frozen import pack, unpack
 from adazeta.losses import causal_lm_loss
 from adazeta.prefix_cache import DiskCache, MemoryCache, read_setting
 
@@ -96,10 +97,23 @@ def cast(model):
             parameter.data = parameter.data.bfloat16().float()
 
 
+def pack_other_weights(model):
+    for block in model.base_model.model.model.layers[:2]:
+        weight = block.mlp.up_proj.weight * 1.5
+        unpack(block.mlp.up_proj)
+        block.mlp.up_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert pack(model.base_model.model, tokens=16) == 2
+
+
+CHANGES = [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast, pack_other_weights]
+
+
 @pytest.mark.parametrize("setting", ["memory", "disk"])
-@pytest.mark.parametrize("change", [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_another_base_model_gets_nothing_of_the_old_one(change, setting, tmp_path):
     model = model_with()
+    if change is pack_other_weights:
+        pack(model.base_model.model, tokens=16)
     opt = optimizer(setting, model)
     train(opt, BATCHES[:2])
     change(model)
