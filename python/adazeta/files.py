@@ -13,12 +13,15 @@ from .errors import UserError
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space and run the command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
+    errno.EFBIG: "the largest file that the system allows is reached (ulimit -f): raise it and run the command again",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.EACCES: "no permission to write there: choose another folder",
     errno.EPERM: "no permission to write there: choose another folder",
     errno.ENOTDIR: "part of the path is a file, not a folder: choose another folder",
     errno.EEXIST: "a file of that name is in the way: choose another folder",
 }
+
+_FULL = ("No space left", "PytorchStreamWriter failed", "file write failed", "iostream error", "unexpected pos ")
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else None
         # torch and safetensors write through their own code and tell a full disk in words only.
-        if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter failed", "file write failed")):
+        if any(sign in str(error) for sign in _FULL):
             number = errno.ENOSPC
         if isinstance(error, UserError) or number not in _ADVICE:
             raise

@@ -157,8 +157,10 @@ class Limits(TrainerCallback):
         self._start = 0.0
         self._previous = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self._start = time.monotonic()
+        done = getattr(getattr(optimizer, "optimizer", optimizer), "rows", 0)
+        control.should_training_stop = self.rows is not None and done >= self.rows  # a run resumed at its limit
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 

@@ -141,6 +141,13 @@ class ZOTrainer(Trainer):
             fsync_every=self.fsync_every,
         )
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from a checkpoint of the last step: the Trainer itself would make one more.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, *args, **kwargs):
         if self.zeroth_order.journal is not None:
             self.zeroth_order.journal.sync()  # whatever happens, no checkpoint is newer than its journal

@@ -77,6 +77,17 @@ def test_resume_is_bit_identical_to_no_interruption(tmp_path):
     assert second.state.log_history[-2]["rows"] == whole.state.log_history[-2]["rows"]
 
 
+def test_a_run_resumed_at_its_last_step_makes_no_more(tmp_path):
+    first = trainer(tmp_path)
+    first.train()
+    before = (tmp_path / NAME).read_bytes()
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.zeroth_order.step_index == again.state.global_step == 6
+    assert (tmp_path / NAME).read_bytes() == before
+    assert torch.equal(first.model.base_model.theta(), again.model.base_model.theta())
+
+
 def test_gradient_accumulation_uses_every_micro_batch(tmp_path):
     run = trainer(
         tmp_path, max_steps=2, gradient_accumulation_steps=2, zo=ZOConfig(eps=0.05, queries=3, directions="example")
