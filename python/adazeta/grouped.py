@@ -1,9 +1,15 @@
 """Batches of examples of similar length, in an order that a resumed run finds again."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from transformers import TrainerCallback
+
+
+def real_length(row: Mapping[str, Any]) -> int:
+    """Return the tokens of an example, without those that its own attention mask leaves out."""
+    return int(sum(row["attention_mask"])) if row.get("attention_mask") is not None else len(row["input_ids"])
 
 
 class LengthGrouped:

@@ -89,12 +89,16 @@ class Prefix:
             self._step.clear()
 
     def describe(self) -> str:
-        """Say what is shared and kept."""
+        """Say what is shared and kept, nothing where all blocks are adapted."""
         found = self.tt_model.block_list(self.adapter)
         if found is None or found[1] == 0:
-            return "no blocks below the first adapter"
-        kept = f"their outputs are kept in {self.cache.describe()}" if self.cache else "nothing is kept between steps"
-        return f"{found[1]} blocks below the first adapter run once per example; {kept}"
+            return ""
+        kept = f"; their outputs are kept in {self.cache.describe()}" if self.cache else ""
+        return f"blocks below the first adapter ({found[1]}) run once per example{kept}"
+
+    def counts(self) -> dict[str, int]:
+        """Return how often examples were found and computed, and the bytes kept: of a run's summary and log."""
+        return {"hits": self.hits, "misses": self.misses, "bytes": self.cache.bytes if self.cache else 0}
 
     def _say(self, reason: CannotShare) -> None:
         line = f"blocks below the first adapter run once per probe: {reason}"

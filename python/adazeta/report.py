@@ -123,6 +123,12 @@ def training_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("training", f"{training['steps']:,} steps, {training['rows']:,} forward rows, {training['losses']:,} losses"),
         ("time", f"{training['seconds']:,.0f} s without evaluations, {training['rows_per_s']:.1f} rows/s"),
     ]
+    if real := training.get("real_tokens"):
+        lines.append(("tokens", f"{training['tokens']:,}, {training['tokens'] / real:.3f} for each that is no padding"))
+    if (prefix := summary.get("prefix")) and prefix["hits"]:
+        met = prefix["hits"] + prefix["misses"]
+        kept = f"known for {prefix['hits']:,} of {met:,} examples, {mib(prefix['bytes'])} kept"
+        lines.append(("blocks below the adapters", kept))
     if training["dropped"]:
         lines.append(("dropped queries", f"{training['dropped']:,} (their losses were not finite)"))
     if memory := summary.get("memory"):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from .config import ZOConfig
 from .errors import UserError
 from .files import make_folder
-from .grouped import EpochOfSampler, LengthGrouped
+from .grouped import EpochOfSampler, LengthGrouped, real_length
 from .journal import NAME as JOURNAL_NAME
 from .losses import lm_loss
 from .optimizer import ZerothOrder
@@ -105,7 +105,7 @@ class ZOTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthGrouped([len(row["input_ids"]) for row in dataset], batch, seed)
+        sampler = LengthGrouped([real_length(row) for row in dataset], batch, seed)
         self.add_callback(EpochOfSampler(sampler))
         return sampler
 
@@ -182,8 +182,7 @@ class ZOTrainer(Trainer):
                 real_tokens=optimizer.tokens.real,
             )
             if optimizer.prefix is not None and optimizer.prefix.cache is not None:
-                prefix = optimizer.prefix
-                logs.update(prefix_hits=prefix.hits, prefix_misses=prefix.misses, prefix_bytes=prefix.cache.bytes)
+                logs.update({f"prefix_{name}": count for name, count in optimizer.prefix.counts().items()})
         super().log(logs, start_time)
 
 

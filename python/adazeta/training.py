@@ -37,11 +37,17 @@ class Interrupted(Exception):
 
 @dataclass
 class Outcome:
-    """What training reports: steps, forward rows, losses, seconds and the peak resident memory meanwhile."""
+    """What training reports: steps, forward rows, losses, seconds and the peak resident memory meanwhile.
+
+    ``tokens`` hold padding, ``real_tokens`` do not; ``prefix`` says what the blocks below the first adapter cost.
+    """
 
     steps: int
     rows: int
     losses: int
+    tokens: int
+    real_tokens: int
+    prefix: dict[str, int]
     seconds: float
     dropped: int
     peak_bytes: int
@@ -193,6 +199,9 @@ def fit(
     except (ValueError, TypeError) as error:
         raise UserError(f"settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    prefix = trainer.zeroth_order.prefix
+    if prefix and prefix.describe():
+        say(prefix.describe())
     with disk_errors(folder), Peak() as peak:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:
@@ -205,6 +214,9 @@ def fit(
         steps=trainer.state.global_step,
         rows=trainer.zeroth_order.rows,
         losses=trainer.zeroth_order.evaluations,
+        tokens=trainer.zeroth_order.tokens.processed,
+        real_tokens=trainer.zeroth_order.tokens.real,
+        prefix=prefix.counts() if prefix else {},
         seconds=metrics.seconds,
         dropped=trainer.zeroth_order.dropped,
         peak_bytes=peak.bytes,
@@ -324,11 +336,15 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
             "steps": outcome.steps,
             "rows": outcome.rows,
             "losses": outcome.losses,
+            "tokens": outcome.tokens,
+            "real_tokens": outcome.real_tokens,
+            "tokens_over_real": outcome.tokens / outcome.real_tokens if outcome.real_tokens else 1.0,
             "seconds": round(outcome.seconds, 3),
             "rows_per_s": outcome.rows / outcome.seconds if outcome.seconds else 0.0,
             "dropped": outcome.dropped,
         },
         "memory": memory,
+        "prefix": outcome.prefix,
         "adapter": adapter_size(partial),
         "sentences": _shown(classifier, held_out, measured) if held_out else [],
         "machine": machine(),

@@ -591,3 +591,24 @@ def test_debug_shows_where_an_error_came_from():
 
     with pytest.raises(UserError):
         cli.main(["info", "nowhere", "--debug"])
+
+
+def test_training_keeps_what_lies_below_the_adapters(world, capsys, tmp_path, monkeypatch):
+    folder, _ = world
+    monkeypatch.setenv("ADAZETA_CACHE", str(tmp_path))
+    command = train_command(folder, "upper", "--layers", 1, "--steps", 14, "--positions", "all", "--queries", 2)
+    summaries = []
+    for setting in ("disk:1MB", "disk:1MB", "off"):
+        code, _, err = main(capsys, *command, "--overwrite", "--prefix-cache", setting)
+        assert code == 0 and "blocks below the first adapter (1) run once per example" in err
+        assert ("1 MiB of files in" in err) is (setting != "off")
+        summaries.append(json.loads((folder / "upper" / "summary.json").read_text()))
+    training, again, off = ([summary[key] for key in ("prefix", "training", "dev")] for summary in summaries)
+    assert training[0] == {"hits": 54, "misses": 54, "bytes": training[0]["bytes"]} and training[0]["bytes"] > 10**5
+    assert again[0] == {"hits": 108, "misses": 0, "bytes": training[0]["bytes"]} and again[2] == training[2]
+    assert off[0] == {"hits": 0, "misses": 108, "bytes": 0}
+    assert off[1]["tokens"] == training[1]["tokens"] >= training[1]["real_tokens"] == off[1]["real_tokens"]
+    assert 1 <= training[1]["tokens_over_real"] <= 1.1
+    lines = [line for line in read_metrics(folder / "upper" / "metrics.jsonl") if line["kind"] == "train"]
+    assert lines[-1]["tokens"] == off[1]["tokens"] and lines[-1]["real_tokens"] == off[1]["real_tokens"]
+    assert "prefix-cache" in fails(capsys, *command, "--overwrite", "--prefix-cache", "2GiB")

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_prefix import LABEL_WORDS
 from tiny import lm_batch, tiny_adapted
 from transformers import TrainerCallback, TrainingArguments
 
 from adazeta import AdaptiveQueries, UserError, ZOConfig, ZOTrainer
+from adazeta.grouped import LengthGrouped
 from adazeta.journal import NAME
 from adazeta.replay import replay
 
@@ -18,7 +20,7 @@ def dataset(n=20):
     return [{k: v[i] for k, v in batch.items()} for i in range(n)]
 
 
-def trainer(folder, max_steps=6, zo=None, model=None, data=None, callbacks=(), **args):
+def trainer(folder, max_steps=6, zo=None, model=None, data=None, loss=None, callbacks=(), **args):
     settings = {
         "output_dir": str(folder),
         "max_steps": max_steps,
@@ -35,6 +37,7 @@ def trainer(folder, max_steps=6, zo=None, model=None, data=None, callbacks=(), *
         model=tiny_adapted() if model is None else model,
         args=TrainingArguments(**settings),
         zo=zo or ZOConfig(eps=0.05, queries=2, momentum=0.9),
+        loss=loss,
         train_dataset=data or dataset(),
         eval_dataset=dataset(8),
         callbacks=list(callbacks),
@@ -179,3 +182,72 @@ def test_resume_finds_the_batches_of_similar_length_again(tmp_path):
     second = trainer(tmp_path / "cut", **settings)
     second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert torch.equal(whole.model.base_model.theta(), second.model.base_model.theta())
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_the_second_epoch_skips_the_blocks_below_the_first_adapter(tmp_path, positions):
+    """Counted: rows through the MLP of every block, in every epoch."""
+
+    def run(name, **zo):
+        model = tiny_adapted(layers=3, noise=0.2, positions=positions, layers_to_transform=[2])
+        rows, epochs = [0, 0, 0], []
+        for index, block in enumerate(model.base_model.model.model.layers):
+
+            def count(module, args, index=index):
+                rows[index] += len(args[0])
+
+            block.mlp.register_forward_pre_hook(count)
+
+        class Epochs(TrainerCallback):
+            def on_epoch_end(self, args, state, control, **kwargs):
+                epochs.append(list(rows))
+                rows[:] = [0, 0, 0]
+
+        settings = {"eps": 0.05, "queries": 2, "directions": "example", **zo}
+        data = [{**row, "labels": row["labels"] if positions == "all" else torch.tensor(1)} for row in dataset()]
+        loss = None if positions == "all" else LABEL_WORDS
+        made = trainer(
+            tmp_path / name,
+            max_steps=15,
+            zo=ZOConfig(**settings),
+            model=model,
+            data=data,
+            loss=loss,
+            callbacks=[Epochs()],
+        )
+        made.train()
+        return made, epochs, made.model.base_model.theta().clone()
+
+    made, epochs, theta = run("kept")
+    forwards = 20 if positions == "last" else 20 * 4
+    assert [epoch[:2] for epoch in epochs[1:]] == [[0, 0], [0, 0]] and 20 <= epochs[0][0] == epochs[0][1] <= 24
+    assert [epoch[2] for epoch in epochs[1:]] == [forwards, forwards]
+    log = made.state.log_history[-2]
+    assert (log["prefix_hits"], log["prefix_misses"]) == (40, 20)
+    assert log["prefix_bytes"] == 4 * 32 * sum(int(row["attention_mask"].sum()) for row in dataset())
+    assert log["tokens"] > log["real_tokens"] > 0
+    assert torch.equal(theta, run("thrown away", prefix_cache="memory:0")[2])
+    off, epochs, _ = run("off", prefix_cache="off")
+    assert all(epoch[0] >= 20 for epoch in epochs) and "prefix_hits" not in off.state.log_history[-2]
+
+
+def test_nothing_is_kept_when_no_example_comes_again(tmp_path):
+    model = tiny_adapted(layers=3, layers_to_transform=[2])
+    once = trainer(tmp_path / "once", max_steps=5, model=model)
+    assert once.create_optimizer().prefix.cache is None
+    again = trainer(tmp_path / "again", max_steps=6, model=model)
+    assert again.create_optimizer().prefix.cache is not None
+    named = trainer(tmp_path / "named", max_steps=5, model=model, zo=ZOConfig(prefix_cache="memory"))
+    assert named.create_optimizer().prefix.cache is not None
+
+
+def test_padding_is_counted(tmp_path):
+    run = trainer(tmp_path, max_steps=5, train_sampling_strategy="group_by_length")
+    run.train()
+    lengths = [int(row["attention_mask"].sum()) for row in dataset()]
+    log = run.state.log_history[-2]
+    assert log["real_tokens"] == 4 * sum(lengths)  # two queries, two signs
+    batches = list(LengthGrouped(lengths, 4, run.args.seed))
+    longest = [max(lengths[i] for i in batches[first : first + 4]) for first in range(0, 20, 4)]
+    assert log["tokens"] == 4 * 4 * sum(longest)
+    assert log["tokens"] / log["real_tokens"] < 1.1 < 20 * 7 / sum(lengths)
