@@ -24,6 +24,7 @@ class ZOConfig:
         share_prefix: run blocks below the first adapter once per example instead of once per probe.
         prefix_cache: what becomes of their outputs after a step: ``"off"``, ``"memory"`` or ``"disk"``, with a limit in
             ``"memory:2GiB"``; ``"auto"`` is memory in runs of more than an epoch.
+        perturb: ``"streamed"`` or ``"in-place"``: how trainable parameters that are not adapters are perturbed.
     """
 
     eps: float = 1e-2
@@ -40,3 +41,4 @@ class ZOConfig:
     on_divergence: str = "stop"
     share_prefix: bool = True
     prefix_cache: str = "auto"
+    perturb: str = "streamed"

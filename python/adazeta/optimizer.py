@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from .assets import cache_dir
 from .digests import crc_of, sha256_of
 from .errors import Diverged, JournalError
 from .estimator import coefficients, probe_signs, projected_gradients
+from .first_look import FirstLook
 from .guards import Guard
+from .in_place import Drift
 from .journal import Journal
+from .others import WAYS, Others, trainable_adapter
 from .prefix import Prefix
 from .prefix_cache import cache_of
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, batch_size, evaluate_probes
 from .recording import describe_run
-from .replay import check_digest, decayed_views, initial_values, replay
+from .replay import decayed_views, initial_values, redo_estimates, replay
 from .schedule import as_schedule
 from .tokens import TokenCount
-from .tuner import TTModel
 from .update import Step, Trainable, apply_step
 
 
@@ -36,7 +39,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     Args:
         model: a model with trainable parameters; those of a TT adapter are perturbed virtually (in batched forwards),
-            all others in place, one probe at a time.
+            all others as ``perturb`` says, one probe at a time.
         lr: learning rate. With ``combine="spread"`` the step is normalised: about ``lr * sqrt(numel / queries)`` long.
         eps: distance of a probe from theta, in units of the parameters.
         queries: queries per step (and per group): an integer or a schedule such as ``AdaptiveQueries``.
@@ -55,13 +58,18 @@ class ZerothOrder(torch.optim.Optimizer):
         share_prefix: run the blocks below the first adapter once per example.
         prefix_cache: where their outputs are kept for later steps: ``"off"``, ``"memory"`` or ``"disk"``, with a limit
             as in ``"memory:2GiB"`` (else a quarter of what is free); ``"auto"`` is memory.
-        virtual: False perturbs adapters in place too (slow; the same losses up to rounding).
+        perturb: how trainable parameters that are not adapters are perturbed: ``"streamed"`` (made as they are read,
+            never written; ``adazeta.streamed``) or ``"in-place"`` (no memory, but they drift; ``adazeta.in_place``).
         on_divergence: what becomes of a step that ``adazeta.guards.Guard`` refuses: ``"stop"`` raises ``Diverged``,
             ``"rollback"`` goes back to the journal's best point and on with half the learning rate, ``"ignore"`` makes
             the step all the same.
 
+    The first estimate looks once, with two rows, whether the losses of a row depend on the other rows of its forward
+    (``adazeta.first_look``); from then on every probe has a forward of its own.
+
     Raises:
-        ValueError: an option out of its range, no trainable parameter, or several trainable adapters.
+        ValueError: an option out of its range, no trainable parameter or one that cannot be perturbed, or several
+            trainable adapters.
 
     Source: AdaZeta (arXiv 2406.18060), equations 3 to 5; MeZO (arXiv 2305.17333) for seeds instead of directions.
     """
@@ -86,7 +94,7 @@ class ZerothOrder(torch.optim.Optimizer):
         probes_per_forward: int | None = None,
         share_prefix: bool = True,
         prefix_cache: str = "auto",
-        virtual: bool = True,
+        perturb: str = WAYS[0],
         on_divergence: str = "stop",
     ):
         if not eps > 0:
@@ -109,8 +117,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.directions, self.difference, self.distribution = directions, difference, distribution
         self.combine, self.floor, self.clip = combine, floor, clip
         self.run_seed, self.steps_per_epoch = run_seed, steps_per_epoch
-        self.probes_per_forward, self.virtual = probes_per_forward, virtual
-        self.tt_model, self.adapter = _trainable_adapter(model)
+        self.probes_per_forward = probes_per_forward
+        self.tt_model, self.adapter = trainable_adapter(model)
         cache = cache_of(prefix_cache, cache_dir() / "prefix")
         self.prefix = Prefix(self.tt_model, self.adapter, cache) if self.tt_model and share_prefix else None
         self.tokens = TokenCount()
@@ -121,6 +129,7 @@ class ZerothOrder(torch.optim.Optimizer):
         parameters = [layer.tt_theta[self.adapter] for _, layer in layers] + list(self.others.values())
         if not parameters:
             raise ValueError("the model has no trainable parameter; add an adapter or set requires_grad")
+        self._others, self._first_look = Others(self.others, perturb), FirstLook()
         self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
         self.guard = Guard(on_divergence)
@@ -138,7 +147,9 @@ class ZerothOrder(torch.optim.Optimizer):
         theta = [self.tt_model.theta(self.adapter)] if self.tt_model else []
         decayed = decayed_views(theta[0], [layout for _, layout in self.sites]) if theta else []
         decayed += [p.data for p in self.others.values() if p.ndim > 1]
-        return Trainable(theta + [p.data for p in self.others.values()], decayed, self._momentum)
+        tensors = theta + [p.data for p in self.others.values()]
+        self._momentum = [m.to(t.device) for m, t in zip(self._momentum, tensors)]  # the model may have moved
+        return Trainable(tensors, decayed, self._momentum)
 
     @torch.no_grad()
     def estimate(self, loss_fn: Callable[[torch.nn.Module, dict], torch.Tensor], batch: Mapping[str, Any]) -> float:
@@ -160,35 +171,25 @@ class ZerothOrder(torch.optim.Optimizer):
         queries = self.queries(self.step_index, self.steps_per_epoch)
         seeds = derive_seeds(self.run_seed, self.step_index, self._seeds_used + queries * groups)[self._seeds_used :]
         plan = Plan(seeds, self.eps, probe_signs(self.difference), groups, examples // groups)
-        virtual = self.tt_model is not None and self.virtual
-        # Asked for even where it is not perturbed itself: it makes the layers' offsets those of the flat vector.
-        theta = [self.tt_model.theta(self.adapter)] if self.tt_model is not None else []
-        shared = self.prefix.shared() if self.prefix is not None else nullcontext()
-        with self.tokens.counting(self.model), shared:
-            if virtual and not self.others and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
-                losses, rows = evaluate_probe_tokens(
-                    plan,
-                    batch,
-                    self.model,
-                    loss_fn,
-                    tt_model=self.tt_model,
-                    adapter=self.adapter,
-                    distribution=self.distribution,
-                    probes_per_forward=self.probes_per_forward,
-                )
+        # Asked for also where it is not needed: it makes the layers' offsets those of the flat vector.
+        offset = self.tt_model.theta(self.adapter).numel() if self.tt_model is not None else 0
+        others = self._others.at_probes(self.model, offset, self.distribution)
+        settings = {
+            "tt_model": self.tt_model,
+            "adapter": self.adapter,
+            "distribution": self.distribution,
+            "probes_per_forward": self.probes_per_forward,
+        }
+        losses_of, look = partial(loss_fn, self.model), self._first_look
+        look(self.model, batch, losses_of, eps=self.eps, others=others, **settings)
+        shared = self.prefix.shared() if self.prefix is not None and not look.rows_mix else nullcontext()
+        with self.tokens.counting(self.model), shared, others or nullcontext():
+            if others is None and not look.rows_mix and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
+                losses, rows = evaluate_probe_tokens(plan, batch, self.model, loss_fn, **settings)
             else:
+                settings["probes_per_forward"] = 1 if look.rows_mix else self.probes_per_forward
+                losses = evaluate_probes(plan, batch, losses_of, others=others, **settings)
                 rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
-                losses = evaluate_probes(
-                    plan,
-                    batch,
-                    lambda part: loss_fn(self.model, part),
-                    tt_model=self.tt_model if virtual else None,
-                    adapter=self.adapter,
-                    in_place=([] if virtual else theta) + [p.data for p in self.others.values()],
-                    in_place_offset=theta[0].numel() if virtual else 0,
-                    distribution=self.distribution,
-                    probes_per_forward=self.probes_per_forward,
-                )
         self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))
         self._seeds_used += len(seeds)
         self.rows += rows
@@ -212,7 +213,7 @@ class ZerothOrder(torch.optim.Optimizer):
         trainable = self.trainable()
         if self.pending:
             step = self._recorded[self.step_index]
-            check_digest(trainable, step)
+            redo_estimates(trainable, step, Drift.of(self.journal.header), self.run_seed)
             self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
         else:
             step = self._new_step(trainable)
@@ -350,7 +351,8 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         names = ("eps", "directions", "difference", "combine", "floor", "clip", "steps_per_epoch")
         queries = repr(self.queries) if is_dataclass(self.queries) else type(self.queries).__qualname__
-        return {**{name: getattr(self, name) for name in names}, "queries": queries}
+        settings = {**{name: getattr(self, name) for name in names}, "queries": queries}
+        return {**settings, "perturb": self._others.way} if self.others else settings
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-identical continuation needs besides the parameters."""
@@ -388,18 +390,3 @@ class ZerothOrder(torch.optim.Optimizer):
     def fingerprint(self) -> str:
         """Return the SHA-256 of all trainable numbers: equal on machines that hold the same bits."""
         return sha256_of(self.trainable().tensors)
-
-
-def _trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
-    """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter."""
-    tt_model = next((m for m in model.modules() if isinstance(m, TTModel)), None)
-    if tt_model is None:
-        return None, "default"
-    names = [
-        name
-        for name in tt_model.peft_config
-        if any(layer.tt_theta[name].requires_grad for _, layer in tt_model.tt_layers(name))
-    ]
-    if len(names) > 1:
-        raise ValueError(f"adapters {names} are all trainable; make one active with model.set_adapter(name)")
-    return (tt_model, names[0]) if names else (None, "default")

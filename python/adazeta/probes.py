@@ -1,8 +1,8 @@
 """Probes: which points around ``theta`` a step looks at, and how they are evaluated in few forwards.
 
 A probe is ``theta + scale * z(seed)`` on some rows of the batch. Probes of adapters are virtual: the adapted layers
-build the perturbed factors while the batch passes, and ``theta`` is never written. Other trainable parameters are
-perturbed in place, one probe at a time, and put back from a copy.
+build the perturbed factors while the batch passes, and ``theta`` is never written. Other trainable parameters see one
+probe at a time: made as they are read (``adazeta.streamed``), or written in place (``adazeta.in_place``).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from adazeta_kernels import perturb_
-
 from .factors import FactorGroups
+from .in_place import InPlace
+from .streamed import Streamed
 
 #: Tokens per forward when the caller does not say. On a CPU rows get little cheaper above 256 tokens, and 256 keep the
 #: activations of a forward, with layers in float32 or bfloat16, within what a frozen forward takes and 16 MiB.
@@ -130,18 +130,6 @@ def probing(tt_model, probes: Probes) -> Iterator[None]:
             layer.probes = layer.factor_groups = None
 
 
-@contextmanager
-def perturbed_in_place(params: list[torch.Tensor], seed: int, scale: float, *, offset: int, distribution: str):
-    """Perturb ``params`` in place for the duration; afterwards they hold their old bits, put back from a copy."""
-    saved = [p.detach().clone() for p in params]
-    try:
-        perturb_(params, [seed], [scale], offset=offset, distribution=distribution)
-        yield
-    finally:
-        for p, old in zip(params, saved):
-            p.copy_(old)
-
-
 @torch.no_grad()
 def evaluate_probes(
     plan: Plan,
@@ -150,8 +138,7 @@ def evaluate_probes(
     *,
     tt_model=None,
     adapter: str = "default",
-    in_place: list[torch.Tensor] | None = None,
-    in_place_offset: int = 0,
+    others: InPlace | Streamed | None = None,
     distribution: str = "gaussian",
     probes_per_forward: int | None = None,
 ) -> torch.Tensor:
@@ -162,28 +149,25 @@ def evaluate_probes(
         batch: the B examples, tensors with examples in dimension 0.
         loss_fn: maps an expanded batch to one loss per row.
         tt_model: the ``TTModel`` whose adapter ``adapter`` is perturbed virtually, or None.
-        in_place: further parameters, perturbed in place one probe at a time; their first element has index
-            ``in_place_offset`` in the direction.
+        others: further parameters, inside its ``with`` statement; a forward then has one probe.
         probes_per_forward: limit of probes in one forward; by default from the number of tokens.
 
     Raises:
         ValueError: ``loss_fn`` does not return one value per row.
     """
     limit = probes_per_forward or default_probes_per_forward(plan, batch)
-    if in_place:
+    if others is not None:
         limit = 1
     losses = []
     for first in range(0, len(plan), limit):
         chunk = [plan.probe(i) for i in range(first, min(first + limit, len(plan)))]
         rows = torch.tensor([row for _, _, rows in chunk for row in rows])
         seeds, scales = [seed for seed, _, _ in chunk], [scale for _, scale, _ in chunk]
+        if others is not None:
+            others.move_to(seeds[0], scales[0])
         with ExitStack() as stack:
             if tt_model is not None:
                 stack.enter_context(probing(tt_model, Probes.of(seeds, scales, adapter, distribution)))
-            if in_place:
-                stack.enter_context(
-                    perturbed_in_place(in_place, seeds[0], scales[0], offset=in_place_offset, distribution=distribution)
-                )
             loss = loss_fn(take_rows(batch, rows))
         if loss.shape != (len(rows),):
             raise ValueError(

@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from adazeta_kernels import TTAdapterLayout, derive_seeds_of_steps
+from adazeta_kernels import TTAdapterLayout, derive_seeds, derive_seeds_of_steps
 
 from .digests import crc_of, sha256_of
 from .errors import JournalError, UserError
+from .in_place import Drift
 from .journal import INITIAL_NAME, NAME, read
 from .tuner.init import initial_theta
 from .update import Step, Trainable, apply_step
@@ -127,9 +128,18 @@ def _stored_values(header: dict, path: Path) -> dict[str, torch.Tensor]:
 
 
 def apply_steps(
-    trainable: Trainable, steps: Sequence[Step], run_seed: int, distribution: str, *, backend: str | None = None
+    trainable: Trainable,
+    steps: Sequence[Step],
+    run_seed: int,
+    distribution: str,
+    *,
+    drift: Drift | None = None,
+    backend: str | None = None,
 ) -> None:
     """Do recorded steps again, in place; what training did step by step, with the seeds of many steps made at once.
+
+    Args:
+        drift: what every step's estimate did to parameters perturbed in place.
 
     Raises:
         JournalError: the numbers before a step are not those that the run had there.
@@ -137,8 +147,27 @@ def apply_steps(
     for block in _blocks(steps):
         seeds = derive_seeds_of_steps(run_seed, [s.index for s in block], [len(s.coefficients) for s in block])
         for step, own in zip(block, seeds):
-            check_digest(trainable, step)
+            redo_estimates(trainable, step, drift, run_seed, own.tolist())
             apply_step(trainable, step, run_seed, distribution, seeds=own, backend=backend)
+
+
+def redo_estimates(
+    trainable: Trainable, step: Step, drift: Drift | None, run_seed: int, seeds: list[int] | None = None
+) -> None:
+    """Bring the numbers to where the run had them when it made ``step``, and compare with the record's digest.
+
+    Args:
+        drift: what the step's estimates did to parameters perturbed in place.
+        seeds: those of the step, where they have been derived already.
+
+    Raises:
+        JournalError: they differ.
+    """
+    if drift is not None:
+        if step.back_to is not None:
+            return  # its estimates are not recorded, for the numbers that they left are thrown away
+        drift.redo(trainable.tensors, seeds or derive_seeds(run_seed, step.index, len(step.coefficients)))
+    check_digest(trainable, step)
 
 
 def check_digest(trainable: Trainable, step: Step) -> None:
@@ -202,8 +231,10 @@ def replay(
     if not 0 <= at <= len(steps):
         raise JournalError(f"{path} holds {len(steps)} steps, so none can be done up to {at}", key="at")
     state = initial_values(header, path, device)
-    apply_steps(state.trainable, effective(steps[:at]), header["run_seed"], header["distribution"], backend=backend)
-    if at < len(steps):
+    drift = Drift.of(header)
+    kept = effective(steps[:at])
+    apply_steps(state.trainable, kept, header["run_seed"], header["distribution"], drift=drift, backend=backend)
+    if at < len(steps) and drift is None:
         check_digest(state.trainable, steps[at])
     state.step = at
     return state

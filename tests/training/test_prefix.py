@@ -136,6 +136,9 @@ def test_prompts_pass_the_lower_blocks_once_for_all_copies(monkeypatch):
     batch = {**lm_batch(4), "labels": torch.arange(4) % 2}
     seen = calls(model, monkeypatch)
     opt = ZerothOrder(model, queries=5, directions="example", prefix_cache="off", probes_per_forward=20)
+    opt.estimate(LABEL_WORDS, batch)  # and the look at its rows, once
+    for shapes in seen.values():
+        shapes.clear()
     opt.estimate(LABEL_WORDS, batch)
     assert [shape for shape in seen[0] if shape[0] > 1] == [(2, 7), (2, 7)]  # two prompts of 10 copies a forward
     assert seen[2][-2:] == [(2, 16), (2, 16)]

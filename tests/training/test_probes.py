@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import dense_float64, lm_batch, tiny_adapted
 
+from adazeta.in_place import InPlace
 from adazeta.losses import causal_lm_loss
 from adazeta.probes import Plan, batch_size, default_probes_per_forward, evaluate_probes, take_rows
 from adazeta_kernels import perturb_
@@ -58,9 +59,8 @@ def test_virtual_equals_in_place():
     batch = lm_batch(4)
     plan = Plan([5, 6, 7], 0.05, SIGNS, 1, 4)
     virtual = losses_of(model, plan, batch)
-    in_place = evaluate_probes(
-        plan, batch, lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()]
-    )
+    with InPlace([model.base_model.theta()]) as others:
+        in_place = evaluate_probes(plan, batch, lambda rows: causal_lm_loss(model, rows), others=others)
     torch.testing.assert_close(virtual, in_place, atol=2e-6, rtol=0)
 
 
@@ -69,24 +69,9 @@ def test_estimating_changes_no_byte_of_theta_or_state_dict():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = Plan([1, 2], 0.3, SIGNS, 2, 2)
     losses_of(model, plan, lm_batch(4))
-    evaluate_probes(plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows), in_place=[model.base_model.theta()])
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_in_place_is_undone_when_the_loss_fails():
-    model = tiny_adapted()
-    theta = model.base_model.theta()
-    before = theta.clone()
-
-    def fail(rows):
-        assert not torch.equal(theta, before)
-        raise KeyError("loss")
-
-    with pytest.raises(KeyError):
-        evaluate_probes(Plan([1], 0.1, SIGNS, 1, 4), lm_batch(4), fail, in_place=[theta])
-    assert torch.equal(theta, before)
 
 
 def test_plan_names_seed_scale_and_rows():

@@ -1,0 +1,78 @@
+"""What of a model is trained: one adapter, and parameters that are no adapters and get to a probe in their own ways."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .in_place import InPlace
+from .streamed import Streamed
+from .tuner import TTModel
+
+#: How they are perturbed, the first by default.
+WAYS = ("streamed", "in-place")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Others:
+    """Trainable parameters of a model besides its adapter's, which lie behind the adapter's numbers in a direction.
+
+    Args:
+        named: the parameters by name, in the model's order.
+        way: one of ``WAYS``.
+
+    Raises:
+        ValueError: an unknown way, or a parameter that cannot be perturbed.
+    """
+
+    def __init__(self, named: Mapping[str, torch.Tensor], way: str):
+        if way not in WAYS:
+            raise ValueError(f"perturb must be one of {WAYS}, got {way!r}")
+        for name, p in named.items():
+            if p.dtype not in DTYPES or not p.is_contiguous():
+                raise ValueError(
+                    f"trainable parameters must be contiguous and float32, bfloat16 or float16; {name} is {p.dtype} of "
+                    f"shape {tuple(p.shape)} and strides {p.stride()}"
+                )
+        self.named, self.way = dict(named), way
+        self._dtypes = {name: p.dtype for name, p in self.named.items()}
+
+    def at_probes(self, model: nn.Module, offset: int, distribution: str) -> InPlace | Streamed | None:
+        """Return what moves them from probe to probe, or None if there are none.
+
+        Args:
+            offset: numbers before them in a direction.
+            distribution: ``"gaussian"`` or ``"rademacher"``.
+
+        Raises:
+            ValueError: one was cast, or is no longer the model's, since the optimizer was made.
+        """
+        if not self.named:
+            return None
+        held = {id(p) for p in model.parameters()}
+        if gone := [name for name, p in self.named.items() if id(p) not in held]:
+            raise ValueError(f"the model does not hold the parameters {gone} any more; make a new optimizer for it")
+        for name, p in self.named.items():
+            if p.dtype != self._dtypes[name]:
+                raise ValueError(
+                    f"{name} was {self._dtypes[name]} when the optimizer was made and is {p.dtype} now; cast the model "
+                    "first, then make the optimizer"
+                )
+        if self.way == "streamed":
+            return Streamed(model, self.named, offset=offset, distribution=distribution)
+        return InPlace([p.data for p in self.named.values()], offset=offset, distribution=distribution)
+
+
+def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
+    """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter."""
+    tt_model = next((m for m in model.modules() if isinstance(m, TTModel)), None)
+    if tt_model is None:
+        return None, "default"
+    names = [
+        name
+        for name in tt_model.peft_config
+        if any(layer.tt_theta[name].requires_grad for _, layer in tt_model.tt_layers(name))
+    ]
+    if len(names) > 1:
+        raise ValueError(f"adapters {names} are all trainable; make one active with model.set_adapter(name)")
+    return (tt_model, names[0]) if names else (None, "default")
