@@ -86,6 +86,7 @@ def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, quer
     step, floor = seconds["ours"], forwards * seconds["forward"]
     return {
         "parameters": parameters,
+        "gemm": ours.gemm,
         "apart": apart,
         "ours_ms": 1e3 * step,
         "published_ms": 1e3 * seconds["published"],

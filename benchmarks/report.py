@@ -77,6 +77,7 @@ COLUMNS = {
     ],
     "step": [
         ("threads", "threads", str),
+        ("GEMM", "gemm", str),
         ("published, ms", "published_ms", milliseconds),
         ("ours, ms", "ours_ms", milliseconds),
         ("floor, ms", "floor_ms", milliseconds),

@@ -1,6 +1,7 @@
 """The two sides of `bench_step.py`, the comparison of their losses, the trunk floor, and where a step's time goes."""
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from step_models import MASK, WORDS
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from adazeta import LabelWords, MaskedLabelWords, TTConfig, ZerothOrder
+from adazeta.frozen import pack, pack_where_faster
+from adazeta.probes import TOKENS_PER_FORWARD
 from adazeta.scoring import kind_of, model_inputs, trunk_of
 from adazeta.tuner.sites import resolve_sites
 from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_
@@ -41,10 +44,19 @@ def loss_for(model):
 
 
 class Ours:
-    """`ZerothOrder` on TT adapters in `base`, with a journal in `folder`, as a training run takes its steps."""
+    """`ZerothOrder` on TT adapters in `base`, with a journal in `folder`, as a training run takes its steps.
+
+    `gemm` tells what the frozen linear layers multiply with: `ADAZETA_BENCH_GEMM` (plain or packed), else what a trial
+    finds faster, as in training.
+    """
 
     def __init__(self, base, queries: int, folder: str | Path, adapter: Mapping = ADAPTER, **options):
         self.model = get_peft_model(base, TTConfig(**adapter)).eval()
+        self.gemm = os.environ.get("ADAZETA_BENCH_GEMM", "auto")
+        if self.gemm == "packed":
+            pack(base, TOKENS_PER_FORWARD["cpu"])
+        elif self.gemm == "auto":
+            self.gemm = pack_where_faster(base, TOKENS_PER_FORWARD["cpu"])
         self.loss_fn = loss_for(base)
         options = {
             "lr": LR,
