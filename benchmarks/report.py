@@ -103,6 +103,7 @@ COLUMNS = {
     ],
     "upper_quarter": [
         ("threads", "threads", str),
+        ("GEMM", "gemm", str),
         ("step, ms", "upper_ms", milliseconds),
         ("nothing kept, ms", "nothing_kept_ms", milliseconds),
         ("adapters in all blocks, ms", "all_ms", milliseconds),

@@ -22,6 +22,7 @@ from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_
 ADAPTER = {"rank": 5, "bottleneck": 64, "sites": "paper", "init": "paper"}
 LITTLE_ADAPTER = {**ADAPTER, "rank": 2, "bottleneck": 8}
 EPS, LR, WEIGHT_DECAY, RUN_SEED = 1e-2, 1e-6, 1e-2, 7
+GEMM = os.environ.get("ADAZETA_BENCH_GEMM", "auto")
 
 #: Largest difference of the two implementations' losses, root mean square, over the spread of the losses over probes.
 #: Float32 sums in another order; bfloat16 activations are rounded 50 times on the way to a loss.
@@ -46,17 +47,15 @@ def loss_for(model):
 class Ours:
     """`ZerothOrder` on TT adapters in `base`, with a journal in `folder`, as a training run takes its steps.
 
-    `gemm` tells what the frozen linear layers multiply with: `ADAZETA_BENCH_GEMM` (plain or packed), else what a trial
-    finds faster, as in training.
+    `gemm` tells what the frozen linear layers multiply with: plain, packed, or (auto) what a trial finds faster, as in
+    training.
     """
 
-    def __init__(self, base, queries: int, folder: str | Path, adapter: Mapping = ADAPTER, **options):
+    def __init__(self, base, queries: int, folder: str | Path, adapter: Mapping = ADAPTER, gemm: str = GEMM, **options):
         self.model = get_peft_model(base, TTConfig(**adapter)).eval()
-        self.gemm = os.environ.get("ADAZETA_BENCH_GEMM", "auto")
-        if self.gemm == "packed":
+        self.gemm = pack_where_faster(base, TOKENS_PER_FORWARD["cpu"]) if gemm == "auto" else gemm
+        if gemm == "packed":
             pack(base, TOKENS_PER_FORWARD["cpu"])
-        elif self.gemm == "auto":
-            self.gemm = pack_where_faster(base, TOKENS_PER_FORWARD["cpu"])
         self.loss_fn = loss_for(base)
         options = {
             "lr": LR,

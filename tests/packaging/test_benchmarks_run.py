@@ -19,7 +19,7 @@ def test_benchmarks_run_and_record(tmp_path):
     records = json.loads(result.read_text())["benchmarks"]
     names = {record["name"].split("[")[0] for record in records}
     assert {"bench_one_seed", "bench_many_seeds", "bench_many_tensors", "bench_tt_factors", "bench_tt_adapter"} <= names
-    assert {"bench_step", "bench_padding"} <= names
+    assert {"bench_step", "bench_padding", "bench_upper_quarter"} <= names
     ops = Counter(record["extra_info"].get("op", "perturb_") for record in records)
     for record in records:
         info = record["extra_info"]
