@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import lm_batch, tiny_llama
 from tiny_run import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,21 @@ def test_the_guide_shows_a_yaml_file_that_is_read(tmp_path):
         path.write_text(block)
         values = options.read_yaml(str(path), [*options.RUN, *options.TRAIN])
         assert values["label_words"] == {"0": " terrible", "1": " great"}
+
+
+def test_the_guide_trains_parameters_that_are_no_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    section = guide.split("\n## Training parameters that are not adapters\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"base": tiny_llama(), "batches": [lm_batch(2, seed=k) for k in range(2)]}
+    before = {name: p.clone() for name, p in names["base"].named_parameters()}
+    exec(compile(example, "guide.md", "exec"), names)
+    moved = {name for name, p in names["base"].named_parameters() if not torch.equal(before[name], p)}
+    assert moved == {name for name in before if "mlp" in name}
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    for path in re.findall(r"python (scripts/\w+\.py)", section):
+        assert (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "CONTRIBUTING.md", "CHANGELOG.md"])
