@@ -37,6 +37,14 @@ def is_layout(op: str, value) -> None:
         raise TypeError(f"{op}: layout must be a TTAdapterLayout, got {type(value).__name__}")
 
 
+def are_names(op, distribution, backend):
+    """Check what the dispatcher would refuse in its own words."""
+    if not isinstance(distribution, str):
+        raise TypeError(f"{op}: distribution must be a string, got {distribution!r}")
+    if not (backend is None or isinstance(backend, str)):
+        raise TypeError(f"{op}: backend must be a string or None, got {backend!r}")
+
+
 def one_of(op: str, name: str, value, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{op}: unknown {name} {value!r}; known are {', '.join(known)}")

@@ -64,6 +64,7 @@ def fill_normal_(
     """
     checks.is_tensor("fill_normal_", "out", out)
     signed, offset = checks.seed("fill_normal_", seed), checks.offset("fill_normal_", offset)
+    checks.are_names("fill_normal_", distribution, backend)
     checks.no_leaf_in_grad_mode("fill_normal_", (out,))
     torch.ops.adazeta.fill_normal_.default(out, signed, offset, distribution, backend)
     return out
@@ -131,6 +132,7 @@ def perturb_(
     checks.are_tensors("perturb_", "params", params)
     seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
+    checks.are_names("perturb_", distribution, backend)
     checks.no_leaf_in_grad_mode("perturb_", params)
     torch.ops.adazeta.perturb_.default(params, seeds, scales, offset, decay, distribution, backend)
 
@@ -211,6 +213,7 @@ def tt_factors(
     checks.is_layout("tt_factors", layout)
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
     offset, adapters = checks.offset("tt_factors", offset), checks.adapters("tt_factors", adapters)
+    checks.are_names("tt_factors", distribution, backend)
     if dispatch.any_requires_grad(theta):
         _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
         checks.finite_scales("tt_factors", scales)

@@ -16,6 +16,8 @@ from adazeta.errors import UserError
 from adazeta.presets import PRESETS
 from adazeta.schedule import AdaptiveQueries, ConstantQueries
 
+_DEEPEST = 10  # levels of a settings file
+
 
 def boolean(value) -> bool:
     """Read true/false as YAML and people write them."""
@@ -330,10 +332,12 @@ def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _check_yaml(text, path)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date or number
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -348,6 +352,19 @@ def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:
             raise UserError(f"{path}: unknown key {name!r}: {advice}")
         values[key] = known[key].read(value, f"{path}, key {name}")
     return values
+
+
+def _check_yaml(text: str, path: str) -> None:
+    """Refuse what settings never need and what can take any memory and time: deep nesting, and aliases of parts."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"{path}: more than {_DEEPEST} levels at byte {event.start_mark.index}")
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{path}: aliases such as *{event.anchor} are not read; write the value out")
 
 
 def resolve(

@@ -145,7 +145,7 @@ def attach_adapter(model, folder: str | Path):
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError, EOFError) as error:
         raise UserError(f"{path} is damaged or cut off: rebuild it with `adazeta replay {folder} --write`") from error
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # wrong kinds of settings too
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"the adapter in {folder} does not fit the base model: {reason}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
