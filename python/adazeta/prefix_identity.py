@@ -34,9 +34,9 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
             held = {adapter for kind in module.adapter_layer_names for adapter in getattr(module, kind)}
             if active := sorted(held.intersection(module.active_adapters)):
                 raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
-        attributes = [(own, value) for own, value in vars(module).items() if torch.is_tensor(value)]  # packed weights
-        registered = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        for own, tensor in (*registered, *attributes):
+        for own, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if not isinstance(tensor, torch.Tensor):  # packed weights are plain attributes
+                continue
             if tensor.requires_grad:
                 raise CannotShare(f"{name}.{own} is trainable")
             yield f"{name}.{own}", tensor
@@ -63,8 +63,9 @@ def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
         place = tensor.data_ptr() if plain else _Itself(tensor)
         found.append((name, place, 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device))
         if plain and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
-            samples.append(tensor.detach().view(-1)[:: max(1, tensor.numel() // SAMPLES)].double())
-    return found, torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
+            count = min(SAMPLES, tensor.numel())
+            samples.append(tensor.detach().as_strided((count,), (tensor.numel() // count,)))
+    return found, torch.cat([sample.to(samples[0].device) for sample in samples]).double().cpu()
 
 
 def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) -> str:
