@@ -23,6 +23,7 @@ from adazeta.options import (
     GROUPS,
     METHOD,
     MODEL,
+    PLAN,
     RUN,
     TASK,
     TRAIN,
@@ -97,6 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--bottleneck", type=int, default=64, metavar="N", help="adapter bottleneck, for a width or model (default: 64)"
     )
+
+    info.add_argument(
+        "--plan", action="store_true", help="for a model: the memory that training will take (default: off)"
+    )
+    add_options(info, {"with --plan": PLAN})
 
     replay = _command(commands, "replay", _replay, "rebuild a run's adapter from its journal and compare, bit for bit")
     replay.add_argument("name", metavar="RUN", help="run folder, or a journal")
@@ -276,8 +282,13 @@ def _predict(arguments) -> int:
 
 def _info(arguments) -> int:
     from adazeta.info import describe
+    from adazeta.memory_plan import describe_plan
 
-    print(describe(arguments.name, rank=arguments.rank, bottleneck=arguments.bottleneck, say=say))
+    sizes = {"rank": arguments.rank, "bottleneck": arguments.bottleneck, "say": say}
+    if arguments.plan:
+        print(describe_plan(arguments.name, **sizes, **resolve(vars(arguments), PLAN)))
+        return 0
+    print(describe(arguments.name, **sizes))
     return 0
 
 

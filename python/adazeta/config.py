@@ -20,6 +20,7 @@ class ZOConfig:
         distribution: ``"gaussian"`` or ``"rademacher"``.
         run_seed: 64-bit seed of all directions; None takes ``TrainingArguments.seed``.
         probes_per_forward: most probes in one forward; None chooses by the number of tokens.
+        memory_budget: bytes that a forward may take above the weights; None is half of what is free.
         on_divergence: ``"stop"``, ``"rollback"`` or ``"ignore"``: what becomes of a step that the guard refuses.
         share_prefix: run blocks below the first adapter once per example instead of once per probe.
         prefix_cache: what becomes of their outputs after a step: ``"off"``, ``"memory"`` or ``"disk"``, with a limit in
@@ -38,6 +39,7 @@ class ZOConfig:
     distribution: str = "gaussian"
     run_seed: int | None = None
     probes_per_forward: int | None = None
+    memory_budget: int | None = None
     on_divergence: str = "stop"
     share_prefix: bool = True
     prefix_cache: str = "auto"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Most bytes of factors that are kept at a time. On a GPU one launch then serves dozens of adapters, for a few per cent
 #: of what the activations of a forward take; on a CPU factors should still be in the cache when they are used.
-FACTOR_BYTES = {"cpu": 1 << 20, "default": 1 << 27}
+FACTOR_BYTES = {"cpu": 1 << 20, "meta": 1 << 20, "default": 1 << 27}
 
 
 class FactorGroups:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .in_place import InPlace
+from .planner import Planner
 from .probes import Plan, batch_size, evaluate_probes, take_rows
 from .streamed import Streamed
 
@@ -44,7 +45,7 @@ def rows_mix(model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable, *, e
     def at(*signs: float, examples=range(rows)) -> torch.Tensor:
         plan = Plan([0], eps, signs, 1, rows)
         part = take_rows(batch, torch.tensor(examples))
-        return evaluate_probes(plan, part, loss_fn, **{**settings, "probes_per_forward": len(signs)})[0, 0, 0]
+        return evaluate_probes(plan, part, loss_fn, planner=Planner(probes_per_forward=len(signs)), **settings)[0, 0, 0]
 
     alone = at(1.0)
     if not bool(torch.isfinite(alone).all()):
@@ -94,7 +95,7 @@ class FirstLook:
         *,
         eps: float,
         others: InPlace | Streamed | None,
-        probes_per_forward: int | None,
+        planner: Planner,
         **settings,
     ) -> None:
         """Look, unless it has been done.
@@ -103,7 +104,7 @@ class FirstLook:
             batch: the examples.
             loss_fn: maps an expanded batch to one loss per row.
             eps: distance of a probe.
-            others, probes_per_forward, settings: as for ``evaluate_probes``.
+            others, planner, settings: as for ``evaluate_probes``.
 
         Raises:
             ValueError: a streamed parameter's stored value is read, which is not perturbed.
@@ -112,7 +113,7 @@ class FirstLook:
             return
         if isinstance(others, Streamed):
             check_streamed(others, batch, loss_fn, eps=eps)
-        if others is None and probes_per_forward != 1:
+        if others is None and planner.probes_per_forward != 1:
             mix = rows_mix(model, batch, loss_fn, eps=eps, **settings)
             if mix is None:
                 return

@@ -82,6 +82,7 @@ def mix(model: nn.Module) -> int:
             module.__class__ = MixedLinear
             module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
             count += 1
+    _leave_file(model)
     return count
 
 
@@ -101,6 +102,7 @@ def pack(model: nn.Module, tokens: int) -> int:
             del module.weight
             module.was, module.__class__, module.packed = type(module), PackedLinear, packed
             count += 1
+    _leave_file(model)
     return count
 
 
@@ -177,6 +179,14 @@ def _frozen_linears(model: nn.Module) -> list[nn.Linear]:
         and module is not head
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy the tensors that were not replaced: weights are loaded as a view of their file, and all of it, the replaced
+    ones included, stays in memory as long as one tensor looks at it."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
 
 
 def _can_be_packed(module: nn.Linear) -> bool:

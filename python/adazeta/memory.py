@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 from pathlib import Path
 
 MIB = 1 << 20
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}{b}": n**i for i, p in enumerate("KMGT", 1) for b, n in (("B", 1000), ("iB", 1024))}}
+
+
+def read_size(value: int | str) -> int:
+    """Return the number of bytes that ``500MB``, ``2GiB`` or a plain number says.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", str(value).strip())
+    if not match or match[2] not in _UNITS:
+        raise ValueError(f"expected a size such as 500MB or 2GiB, got {value!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def resident_bytes() -> int | None:

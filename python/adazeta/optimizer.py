@@ -20,6 +20,7 @@ from .guards import Guard
 from .in_place import Drift
 from .journal import Journal
 from .others import WAYS, Others, trainable_adapter
+from .planner import Planner
 from .prefix import Prefix
 from .prefix_cache import cache_of
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
@@ -55,6 +56,7 @@ class ZerothOrder(torch.optim.Optimizer):
         run_seed: 64-bit seed that, with step and query, names every direction.
         steps_per_epoch: batches per epoch, for schedules that grow by epoch.
         probes_per_forward: most probes evaluated in one forward; by default from the number of tokens.
+        memory_budget: bytes that a forward may take above the weights; by default half of what is free.
         share_prefix: run the blocks below the first adapter once per example.
         prefix_cache: where their outputs are kept for later steps: ``"off"``, ``"memory"`` or ``"disk"``, with a limit
             as in ``"memory:2GiB"`` (else a quarter of what is free); ``"auto"`` is memory.
@@ -92,6 +94,7 @@ class ZerothOrder(torch.optim.Optimizer):
         run_seed: int = 0,
         steps_per_epoch: int = 1,
         probes_per_forward: int | None = None,
+        memory_budget: int | None = None,
         share_prefix: bool = True,
         prefix_cache: str = "auto",
         perturb: str = WAYS[0],
@@ -105,8 +108,6 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         if directions not in ("batch", "example") and not (isinstance(directions, int) and directions >= 1):
             raise ValueError(f"directions must be 'batch', 'example' or a number of groups, got {directions!r}")
-        if probes_per_forward is not None and probes_per_forward < 1:
-            raise ValueError(f"probes_per_forward must be at least 1 or None, got {probes_per_forward}")
         if not 0 <= run_seed < 2**64:
             raise ValueError(f"run_seed must be in [0, 2**64), got {run_seed}")
         if distribution not in ("gaussian", "rademacher"):
@@ -117,8 +118,14 @@ class ZerothOrder(torch.optim.Optimizer):
         self.directions, self.difference, self.distribution = directions, difference, distribution
         self.combine, self.floor, self.clip = combine, floor, clip
         self.run_seed, self.steps_per_epoch = run_seed, steps_per_epoch
-        self.probes_per_forward = probes_per_forward
         self.tt_model, self.adapter = trainable_adapter(model)
+        self.planner = Planner(
+            model,
+            tt_model=self.tt_model,
+            adapter=self.adapter,
+            probes_per_forward=probes_per_forward,
+            memory_budget=memory_budget,
+        )
         cache = cache_of(prefix_cache, cache_dir() / "prefix")
         self.prefix = Prefix(self.tt_model, self.adapter, cache) if self.tt_model and share_prefix else None
         self.tokens = TokenCount()
@@ -178,7 +185,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "tt_model": self.tt_model,
             "adapter": self.adapter,
             "distribution": self.distribution,
-            "probes_per_forward": self.probes_per_forward,
+            "planner": self.planner,
         }
         losses_of, look = partial(loss_fn, self.model), self._first_look
         look(self.model, batch, losses_of, eps=self.eps, others=others, **settings)
@@ -187,7 +194,8 @@ class ZerothOrder(torch.optim.Optimizer):
             if others is None and not look.rows_mix and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
                 losses, rows = evaluate_probe_tokens(plan, batch, self.model, loss_fn, **settings)
             else:
-                settings["probes_per_forward"] = 1 if look.rows_mix else self.probes_per_forward
+                if look.rows_mix:
+                    self.planner.probes_per_forward = 1
                 losses = evaluate_probes(plan, batch, losses_of, others=others, **settings)
                 rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
         self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adazeta.errors import UserError
+from adazeta.memory import read_size
 from adazeta.presets import PRESETS
 from adazeta.schedule import AdaptiveQueries, ConstantQueries
 
@@ -255,6 +256,13 @@ METHOD = [
         shown="chosen from the number of tokens",
     ),
     Option(
+        "memory-budget",
+        read_size,
+        "memory that a forward may take above the weights, such as 500MiB",
+        goes_to="zo.memory_budget",
+        shown="half of what is free",
+    ),
+    Option(
         "prefix-cache",
         cache_setting,
         "where outputs of blocks below the first adapter are kept for later epochs: off, memory or disk, with a limit "
@@ -296,6 +304,13 @@ TRAINING = [
     Option("deterministic", boolean, "nothing depends on the clock or on the order of threads", False),
 ]
 DEV_DATA = Option("dev-data", str, "file of dev examples", shown="a tenth of the data, at most 500")
+PLAN = [
+    Option("batch-size", positive, "examples per step", 16),
+    Option("tokens", positive, "length of the longest example", 64),
+    Option("directions", directions, "who shares a direction: batch, example or N groups", "batch"),
+    Option("dtype", str, "number format", "float32", choices=("float32", "mixed", "bfloat16", "float16")),
+    Option("memory-budget", read_size, "memory of a forward, such as 500MiB", shown="half of what is free"),
+]
 TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING]
 GROUPS = {
     "model": MODEL,

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .memory import available_bytes
+from .memory import available_bytes, read_size
 
 _log = logging.getLogger("adazeta")
-_UNITS = {"": 1, "B": 1, **{f"{p}{b}": n**i for i, p in enumerate("KMGT", 1) for b, n in (("B", 1000), ("iB", 1024))}}
 _MAGIC = b"AZPREFX1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 SHARE = 4  # a cache without a limit of its own takes one part in so many of what is free
@@ -32,12 +30,9 @@ def read_setting(value: str) -> tuple[str, int | None]:
         ValueError: anything else; a size is a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.
     """
     kind, colon, size = str(value).partition(":")
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", size)
-    if kind not in ("memory", "disk") and (kind not in ("auto", "off") or colon) or colon and not number:
+    if kind not in ("memory", "disk") and (kind not in ("auto", "off") or colon):
         raise ValueError(f"expected auto, off, memory, disk, memory:SIZE or disk:SIZE such as disk:2GiB, got {value!r}")
-    if colon and number[2] not in _UNITS:
-        raise ValueError(f"expected a size such as 500MB or 2GiB, got {size!r}")
-    return kind, int(float(number[1]) * _UNITS[number[2]]) if colon else None
+    return kind, read_size(size) if colon else None
 
 
 def cache_of(setting: str, folder: str | os.PathLike) -> "MemoryCache | DiskCache | None":

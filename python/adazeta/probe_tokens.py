@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .planner import Planner
+
 
 @dataclass(frozen=True)
 class ProbeTokens:
@@ -122,7 +124,7 @@ def evaluate_probe_tokens(
     tt_model,
     adapter: str,
     distribution: str = "gaussian",
-    probes_per_forward: int | None = None,
+    planner: Planner | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Return the loss of every row at every probe, as ``adazeta.probes.evaluate_probes``, and the rows it cost.
 
@@ -131,24 +133,25 @@ def evaluate_probe_tokens(
         batch: input_ids and attention_mask ``[B, T]`` and what else the loss needs, examples in dimension 0.
         model: what ``loss_fn.losses_at_copies(model, batch, copies)`` gets.
         loss_fn: a loss with that method, ``LabelWords`` for one.
-        probes_per_forward: most copies in one forward, over all its rows; by default from the number of tokens.
+        planner: says how many copies share a forward, over all its rows; by default the number of tokens does.
 
     Returns:
         Losses ``[G, Q, S, rows_per_probe]`` float32 on the CPU, and the number of prompts that passed the model.
     """
-    from .probes import TOKENS_PER_FORWARD, Probes, probing, take_rows
+    from .probes import Probes, probing, take_rows
 
+    planner = planner or Planner()
     per_row = len(plan) // plan.groups
     # Groups are kept whole; a single group (all examples share their probes) is cut by rows.
     unit = plan.rows_per_probe if plan.groups > 1 else 1
     ids = batch["input_ids"]
-    limit = TOKENS_PER_FORWARD.get(ids.device.type, TOKENS_PER_FORWARD["default"])
-    copies = min(per_row, probes_per_forward or per_row)
-    budget = probes_per_forward // copies if probes_per_forward else limit // (ids.shape[1] - 1 + copies)
-    step = max(unit, budget - budget % unit)
-    blocks, rows_done = [], 0
-    for first_row in range(0, len(ids), step):
-        rows = torch.arange(first_row, min(first_row + step, len(ids)))
+    copies = min(per_row, planner.probes_per_forward or per_row)
+    length = ids.shape[1] - 1 + copies
+    rows_done = 0
+
+    def forward(first_row: int, last_row: int) -> torch.Tensor:
+        nonlocal rows_done
+        rows = torch.arange(first_row, last_row)
         part = take_rows(batch, rows)
         groups = len(rows) // plan.rows_per_probe if plan.groups > 1 else 1
         first_group = first_row // plan.rows_per_probe if plan.groups > 1 else 0
@@ -164,7 +167,18 @@ def evaluate_probe_tokens(
                 stack.enter_context(focused(tt_model, ProbeTokens(count, groups)))
                 pieces.append(loss_fn.losses_at_copies(model, part, count).float())
             rows_done += len(rows)
-        blocks.append(torch.cat(pieces, 1))  # [rows, per_row]
+        return torch.cat(pieces, 1)  # [rows, per_row]
+
+    blocks: list[torch.Tensor] = []
+    first_row = 0
+    while first_row < len(ids):
+        if planner.probes_per_forward:
+            step = planner.probes_per_forward // copies
+        else:
+            step = planner.probes(1, length, ids.device.type)
+        last_row = min(first_row + max(unit, step - step % unit), len(ids))
+        blocks += planner.run(forward, first_row, last_row, length, unit)
+        first_row = last_row
     losses = torch.cat(blocks).cpu()
     queries = per_row // len(plan.signs)
     losses = losses.view(plan.groups, plan.rows_per_probe, queries, len(plan.signs))

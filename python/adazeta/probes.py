@@ -14,11 +14,8 @@ import torch
 
 from .factors import FactorGroups
 from .in_place import InPlace
+from .planner import Planner
 from .streamed import Streamed
-
-#: Tokens per forward when the caller does not say. On a CPU rows get little cheaper above 256 tokens, and 256 keep the
-#: activations of a forward, with layers in float32 or bfloat16, within what a frozen forward takes and 16 MiB.
-TOKENS_PER_FORWARD = {"cpu": 256, "default": 65536}
 
 
 @dataclass(frozen=True)
@@ -100,17 +97,21 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def default_probes_per_forward(plan: Plan, batch: Mapping[str, Any]) -> int:
-    """Return how many probes share a forward when the caller does not say: about ``TOKENS_PER_FORWARD`` tokens."""
+def probes_per_forward(plan: Plan, batch: Mapping[str, Any], planner: Planner) -> int:
+    """Return how many probes share a forward: as many as ``planner`` says, in whole groups where those fit."""
+    tokens, device = tokens_of(batch)
+    probes = planner.probes(plan.rows_per_probe, tokens, device)
+    # So that what lies below the first adapter runs once per example.
+    per_group = len(plan) // plan.groups
+    return probes - probes % per_group if probes > per_group else probes
+
+
+def tokens_of(batch: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the length of the batch's sequences, 1 where there are none, and the type of their device."""
     tensor = next((batch[k] for k in ("input_ids", "inputs_embeds", "attention_mask") if k in batch), None)
     if tensor is None:
         tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
-    tokens = plan.rows_per_probe * (tensor.shape[1] if tensor.ndim > 1 else 1)
-    limit = TOKENS_PER_FORWARD.get(tensor.device.type, TOKENS_PER_FORWARD["default"])
-    probes = max(1, limit // max(1, tokens))
-    # Whole groups, where they fit, so that the layers below the first adapter run once per example.
-    per_group = len(plan) // plan.groups
-    return probes - probes % per_group if probes > per_group else probes
+    return (tensor.shape[1] if tensor.ndim > 1 else 1), tensor.device.type
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def evaluate_probes(
     adapter: str = "default",
     others: InPlace | Streamed | None = None,
     distribution: str = "gaussian",
-    probes_per_forward: int | None = None,
+    planner: Planner | None = None,
 ) -> torch.Tensor:
     """Return the loss of every row at every probe, ``[G, Q, S, rows_per_probe]`` float32 on the CPU.
 
@@ -150,17 +151,15 @@ def evaluate_probes(
         loss_fn: maps an expanded batch to one loss per row.
         tt_model: the ``TTModel`` whose adapter ``adapter`` is perturbed virtually, or None.
         others: further parameters, inside its ``with`` statement; a forward then has one probe.
-        probes_per_forward: limit of probes in one forward; by default from the number of tokens.
+        planner: says how many probes share a forward; by default the number of tokens does.
 
     Raises:
         ValueError: ``loss_fn`` does not return one value per row.
     """
-    limit = probes_per_forward or default_probes_per_forward(plan, batch)
-    if others is not None:
-        limit = 1
-    losses = []
-    for first in range(0, len(plan), limit):
-        chunk = [plan.probe(i) for i in range(first, min(first + limit, len(plan)))]
+    planner = planner or Planner()
+
+    def forward(first: int, last: int) -> torch.Tensor:
+        chunk = [plan.probe(i) for i in range(first, last)]
         rows = torch.tensor([row for _, _, rows in chunk for row in rows])
         seeds, scales = [seed for seed, _, _ in chunk], [scale for _, scale, _ in chunk]
         if others is not None:
@@ -174,6 +173,14 @@ def evaluate_probes(
                 f"the loss function must return one loss per row, shape ({len(rows)},), got {tuple(loss.shape)}; "
                 "do not average over the batch"
             )
-        losses.append(loss.float())
+        return loss.float()
+
+    losses: list[torch.Tensor] = []
+    first, tokens = 0, plan.rows_per_probe * tokens_of(batch)[0]
+    while first < len(plan):
+        count = 1 if others is not None else probes_per_forward(plan, batch, planner)
+        last = min(first + count, len(plan))
+        losses += planner.run(forward, first, last, tokens)
+        first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
     return torch.cat(losses).cpu().view(shape)

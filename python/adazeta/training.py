@@ -91,7 +91,7 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
 def _pack(model, gemm: str, say) -> str:
     """Pack the frozen linear layers where asked for or found faster; return what was done: a resumed run repeats it."""
     from adazeta import frozen
-    from adazeta.probes import TOKENS_PER_FORWARD
+    from adazeta.planner import TOKENS_PER_FORWARD
 
     if gemm == "auto":
         return frozen.pack_where_faster(model, TOKENS_PER_FORWARD["cpu"], say)

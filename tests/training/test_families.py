@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from adazeta import TTConfig
 from adazeta.losses import lm_loss
+from adazeta.planner import Planner
 from adazeta.probes import Plan, Probes, evaluate_probes, probing
 from adazeta.scoring import aligned, kind_of, scored_logits
 from adazeta.tuner.sites import SITES, candidate_modules, resolve_sites
@@ -72,8 +73,7 @@ def test_batched_equals_sequential_equals_dense(family, layers):
                 batch,
                 lambda part: lm_loss(model, part),
                 tt_model=model.base_model,
-                probes_per_forward=limit,
-                share_prefix=limit > 1,
+                planner=Planner(probes_per_forward=limit),
             ).view(4, rows)
             for limit in (4, 1)
         )

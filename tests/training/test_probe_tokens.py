@@ -7,6 +7,7 @@ from torch import nn
 
 from adazeta import ZerothOrder
 from adazeta.losses import LabelWords
+from adazeta.planner import Planner
 from adazeta.probe_tokens import CopiedPrompts, ProbeTokens, evaluate_probe_tokens
 from adazeta.probes import Plan, evaluate_probes
 from adazeta_kernels import perturb_
@@ -46,9 +47,9 @@ def test_one_token_per_probe_equals_one_row_per_probe(groups, left, limit):
     batch = prompts(left=left)
     plan = Plan(list(range(3 * groups)), 0.1, SIGNS, groups, 4 // groups)
     expected = evaluate_probes(
-        plan, batch, lambda part: LOSS(model, part), tt_model=model.base_model, probes_per_forward=1
+        plan, batch, lambda part: LOSS(model, part), tt_model=model.base_model, planner=Planner(probes_per_forward=1)
     )
-    losses, rows = at_tokens(model, plan, batch, probes_per_forward=limit)
+    losses, rows = at_tokens(model, plan, batch, planner=Planner(probes_per_forward=limit))
     assert losses.shape == expected.shape and expected.std(dim=1).min() > 1e-5
     torch.testing.assert_close(losses, expected, atol=5e-6, rtol=0)
     if limit is None:

@@ -6,7 +6,8 @@ from tiny import dense_float64, lm_batch, tiny_adapted
 
 from adazeta.in_place import InPlace
 from adazeta.losses import causal_lm_loss
-from adazeta.probes import Plan, batch_size, default_probes_per_forward, evaluate_probes, take_rows
+from adazeta.planner import Planner
+from adazeta.probes import Plan, batch_size, evaluate_probes, probes_per_forward, take_rows
 from adazeta_kernels import perturb_
 
 SIGNS = (1.0, -1.0)
@@ -23,8 +24,8 @@ def test_batched_equals_one_by_one(groups, limit):
     batch = lm_batch(4)
     seeds = list(range(10, 10 + 10 * groups))
     plan = Plan(seeds, 0.05, SIGNS, groups, 4 // groups)
-    one = losses_of(model, plan, batch, probes_per_forward=1)
-    many = losses_of(model, plan, batch, probes_per_forward=limit)
+    one = losses_of(model, plan, batch, planner=Planner(probes_per_forward=1))
+    many = losses_of(model, plan, batch, planner=Planner(probes_per_forward=limit))
     assert one.shape == (groups, 10, 2, 4 // groups)
     assert one.std() > 1e-3  # the probes do differ
     torch.testing.assert_close(many, one, atol=1e-5, rtol=0)
@@ -33,8 +34,8 @@ def test_batched_equals_one_by_one(groups, limit):
 def test_twenty_probes_differ_by_less_than_1e_5_from_sequential():
     model = tiny_adapted(noise=0.2)
     plan = Plan(list(range(10)), 0.05, SIGNS, 1, 4)
-    a = losses_of(model, plan, lm_batch(4), probes_per_forward=20)
-    b = losses_of(model, plan, lm_batch(4), probes_per_forward=1)
+    a = losses_of(model, plan, lm_batch(4), planner=Planner(probes_per_forward=20))
+    b = losses_of(model, plan, lm_batch(4), planner=Planner(probes_per_forward=1))
     assert (a - b).abs().max() <= 1e-5
 
 
@@ -84,8 +85,8 @@ def test_plan_names_seed_scale_and_rows():
 
 def test_default_limit_keeps_whole_groups():
     plan = Plan(list(range(16)), 0.5, SIGNS, 8, 1)  # 4 probes per group
-    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 30, dtype=torch.long)}) == 8
-    assert default_probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}) == 1
+    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 30, dtype=torch.long)}, Planner()) == 8
+    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}, Planner()) == 1
 
 
 def test_batch_helpers():
@@ -113,3 +114,23 @@ def test_a_loss_that_averages_is_refused():
     plan = Plan([1], 0.1, SIGNS, 1, 4)
     with pytest.raises(ValueError, match="one loss per row"):
         evaluate_probes(plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows).mean(), tt_model=model.base_model)
+
+
+def test_a_step_goes_on_in_smaller_forwards_when_memory_runs_out(caplog):
+    model, batch = tiny_adapted(noise=0.2), lm_batch(4)
+    plan, seen = Plan([1, 2, 3, 4], 0.1, SIGNS, 1, 4), []
+
+    def loss(rows):
+        seen.append(len(rows["input_ids"]))
+        if seen[-1] > 12:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return causal_lm_loss(model, rows)
+
+    planner = Planner(probes_per_forward=8)
+    results = [evaluate_probes(plan, batch, loss, tt_model=model.base_model, planner=planner) for _ in range(2)]
+    assert seen == [32, 16, 8, 8, 16, 8, 8] + 4 * [8]  # halved where it failed, and from the start the next time
+    expected = losses_of(model, plan, batch, planner=Planner(probes_per_forward=2))
+    assert all(torch.equal(losses, expected) for losses in results)
+    assert caplog.text.count("out of memory") == 1
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        evaluate_probes(plan, lm_batch(16), lambda rows: loss({"input_ids": range(13)}), planner=planner)

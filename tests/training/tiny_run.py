@@ -14,7 +14,7 @@ GOOD = ("warm", "funny", "bright", "moving")
 BAD = ("dull", "cold", "empty", "tired")
 
 
-def write_model(folder: Path, *, seed: int = 0) -> Path:
+def write_model(folder: Path, *, seed: int = 0, **sizes: int) -> Path:
     """Write a byte-level random Llama (width 64) and its tokenizer; " positive" and " negative" are one token each."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, **{letter: index + 1 for index, letter in enumerate(alphabet)}}
@@ -24,16 +24,14 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
     tokenizer.add_tokens([" positive", " negative"])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary) + 2,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=len(vocabulary) + 2, pad_token_id=0, initializer_range=0.2, **{**small, **sizes})
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

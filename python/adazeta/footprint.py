@@ -1,0 +1,76 @@
+"""What a forward takes in memory, found without running it: the model on tensors that have shapes but no numbers."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .probes import Probes, probing
+from .scoring import trunk_of
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of tensors that operations make inside the ``with`` statement, while they live.
+
+    Attributes:
+        peak: the most bytes alive at a time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return result
+
+    def _count(self, storage, given: set[int]) -> None:
+        key = storage._cdata
+        if key in self._sizes or key in given:  # a view of a weight, or a result written in place
+            return
+        self._sizes[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+
+@torch.no_grad()
+def forward_bytes(model: torch.nn.Module, rows: int, tokens: int, *, tt_model=None, adapter: str = "default") -> int:
+    """Return the bytes that a forward without the output layer takes above the weights, at its peak.
+
+    Args:
+        model: a Hugging Face model or a ``PeftModel``, on any device, "meta" included.
+        rows: sequences in the forward, each its own probe where ``tt_model`` is given.
+        tokens: length of each.
+        tt_model: the ``TTModel`` whose factors count too.
+        adapter: name of its adapter.
+
+    Numerics: tensors of torch, not the scratch memory inside an operation. A kernel that differs by device (attention)
+    counts as the one for the device of the weights.
+    """
+    trunk = trunk_of(model)
+    device = next(model.parameters()).device
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids}
+    if getattr(trunk.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :1]
+    if "use_cache" in inspect.signature(trunk.forward).parameters:
+        inputs["use_cache"] = False
+    probes = nullcontext() if tt_model is None else probing(tt_model, Probes.of([0] * rows, [0.0] * rows, adapter))
+    with probes, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        trunk(**inputs)
+    return live.peak

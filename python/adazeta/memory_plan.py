@@ -1,0 +1,107 @@
+"""``adazeta info --plan MODEL``: the memory that training will take, told before anything is loaded."""
+
+from __future__ import annotations
+
+from adazeta.errors import UserError
+from adazeta.memory import MIB, resident_bytes
+from adazeta.report import facts
+from adazeta.runs import model_folder
+
+
+def plan_memory(
+    name: str,
+    *,
+    rank: int = 5,
+    bottleneck: int = 64,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    tokens: int = 64,
+    directions: str | int = "batch",
+    memory_budget: int | None = None,
+    say=lambda line: None,
+) -> dict[str, int]:
+    """Return the bytes that training a TT adapter takes: libraries, weights, adapter, one forward, their sum.
+
+    Only the model's configuration is read. Weights are in memory once, and one forward is alive at a time.
+
+    Args:
+        name: base model folder, or ``smollm2``.
+        rank, bottleneck: of the adapter, at the sites of ``"paper"``.
+        dtype: float32, mixed, bfloat16 or float16.
+        batch_size: examples in a step.
+        tokens: length of the longest example.
+        directions: ``"batch"``, ``"example"`` or groups, as in :class:`adazeta.ZerothOrder`.
+        memory_budget: bytes of a forward; None is half of what is free.
+
+    Returns:
+        ``libraries`` (a process that holds nothing yet), ``weights``, ``adapter``, ``forward`` and ``peak`` in bytes,
+        ``probes`` in a forward and ``rows`` of each.
+
+    Numerics: the peak comes within a tenth of the resident memory that is then measured; activations count without what
+    the allocator leaves unused between them.
+
+    Raises:
+        UserError: no such model, one whose adapter sites are not known, or a budget too small for one probe.
+    """
+    import peft
+    import torch
+    import transformers
+
+    from adazeta import TTConfig
+    from adazeta.footprint import forward_bytes
+    from adazeta.frozen import mix
+    from adazeta.planner import Planner
+
+    config = transformers.AutoConfig.from_pretrained(model_folder(name, say), local_files_only=True)
+    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+    stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
+    with torch.device("meta"):
+        model = architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+        model = model.to(stored).requires_grad_(False).eval()
+        if dtype == "mixed":
+            mix(model)
+        weights = _bytes_of(model)
+        try:
+            adapted = peft.get_peft_model(model, TTConfig(rank=rank, bottleneck=bottleneck))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+    rows = 1 if directions == "example" else batch_size if directions == "batch" else -(-batch_size // directions)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
+    try:
+        probes = planner.probes(rows, tokens, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = {
+        "weights": weights,
+        "adapter": _bytes_of(adapted) - weights,
+        "forward": forward_bytes(adapted, probes * rows, tokens, tt_model=adapted.base_model),
+    }
+    # Asked last, when the libraries that a run uses have been loaded; nothing of the model was.
+    found["libraries"] = resident_bytes() or 0
+    return {**found, "peak": sum(found.values()), "probes": probes, "rows": rows}
+
+
+def describe_plan(name: str, **settings) -> str:
+    """Return :func:`plan_memory`'s answer as lines to print."""
+    plan = plan_memory(name, **settings)
+
+    def mib(key):
+        return f"{plan[key] / MIB:,.1f} MiB"
+
+    tokens = settings.get("tokens", 64)
+    return facts(
+        [
+            ("weights", f"{mib('weights')} in {settings.get('dtype', 'float32')}"),
+            ("adapter", mib("adapter")),
+            ("one forward", f"{mib('forward')}: {plan['probes']} probes x {plan['rows']} rows x {tokens} tokens"),
+            ("Python, libraries", mib("libraries")),
+            ("peak of training", mib("peak")),
+        ]
+    )
+
+
+def _bytes_of(model) -> int:
+    """Bytes of parameters and buffers, a tied weight once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

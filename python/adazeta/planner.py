@@ -1,0 +1,137 @@
+"""How much goes into one forward: as many tokens as the hardware gains from, within a memory budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .memory import MIB, available_bytes
+
+log = logging.getLogger("adazeta")
+
+#: Tokens in a forward beyond which a device gains little. On a CPU rows get little cheaper above 256 tokens, and 256
+#: keep the activations of a forward, with layers in float32 or bfloat16, within what a frozen forward takes and 16 MiB.
+TOKENS_PER_FORWARD = {"cpu": 256, "default": 65536}
+
+#: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
+#: might not fit is the footprint looked up, which takes a second for a large model.
+MOST_WIDTHS = 32
+
+
+class Planner:
+    """Choose the number of probes in a forward, and fewer from then on when memory runs out all the same.
+
+    The choice depends on shapes and on the budget only, never on timing, so a repeated run takes the same forwards.
+
+    Args:
+        model: what the forwards run; None leaves memory out of the choice.
+        tt_model: its ``TTModel``, if probes are virtual.
+        adapter: name of the adapter.
+        probes_per_forward: most probes in a forward; None leaves it to the number of tokens.
+        memory_budget: bytes that a forward may take above the weights; None is half of what is free.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        tt_model=None,
+        adapter: str = "default",
+        probes_per_forward: int | None = None,
+        memory_budget: int | None = None,
+    ):
+        if probes_per_forward is not None and probes_per_forward < 1:
+            raise ValueError(f"probes_per_forward must be at least 1 or None, got {probes_per_forward}")
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
+        self.model, self.tt_model, self.adapter = model, tt_model, adapter
+        self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
+        self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
+        self._fitting: dict[tuple[int, int], int] = {}  # rows that fit, by rows wanted and tokens of a row
+        self._most_tokens: int | None = None  # learned by running out of memory
+
+    def probes(self, rows: int, tokens: int, device: str = "cpu") -> int:
+        """Return how many probes of ``rows`` sequences of ``tokens`` tokens each share a forward, at least 1.
+
+        Args:
+            rows, tokens: size of a probe.
+            device: type of the device that runs it.
+
+        Raises:
+            ValueError: the memory budget is too small for one probe.
+        """
+        knee = TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
+        wanted = self.probes_per_forward or max(1, knee // max(1, rows * tokens))
+        if self._most_tokens is not None:
+            wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
+        fitting = self._rows_that_fit(wanted * rows, tokens, device)
+        if fitting < rows:
+            raise ValueError(
+                f"a memory budget of {self._budget(device) / MIB:,.1f} MiB is too small for one probe of {rows} rows "
+                f"of {tokens} tokens, {self._bytes(rows, tokens) / MIB:,.1f} MiB: raise it, or take a smaller batch"
+            )
+        return fitting // rows
+
+    def run(
+        self, forward: Callable[[int, int], torch.Tensor], first: int, last: int, tokens: int, unit: int = 1
+    ) -> list[torch.Tensor]:
+        """Return ``[forward(first, last)]``, or the results of its parts where memory does not hold the whole.
+
+        Args:
+            forward: evaluates the probes (or rows) ``first ... last - 1`` in one forward; no part is evaluated twice
+                that was evaluated whole.
+            tokens: of each.
+            unit: parts are multiples of it.
+
+        Raises:
+            what ``forward`` raises, where that is no lack of memory or a single unit is too much.
+        """
+        try:
+            return [forward(first, last)]
+        except (RuntimeError, MemoryError) as error:
+            half = (last - first) // (2 * unit) * unit
+            if not is_out_of_memory(error) or half == 0:
+                raise
+            if self._most_tokens is None:
+                log.warning(
+                    "out of memory in a forward of %s tokens; going on with half as many", (last - first) * tokens
+                )
+            self._most_tokens = half * tokens
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        parts = ((first, first + half), (first + half, last))
+        return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
+
+    def _budget(self, device: str) -> int:
+        if self.memory_budget is None:
+            # Asked once: later answers would count what forwards left behind.
+            free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+            self.memory_budget = max(1, free // 2)
+        return self.memory_budget
+
+    def _rows_that_fit(self, wanted: int, tokens: int, device: str) -> int:
+        """The most rows of a forward within the budget, at most ``wanted``."""
+        if self.model is None or wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device):
+            return wanted
+        if (wanted, tokens) not in self._fitting:
+            rows = wanted
+            while rows and (taken := self._bytes(rows, tokens)) > self._budget(device):
+                rows = min(rows - 1, rows * self._budget(device) // taken)
+            self._fitting[wanted, tokens] = rows
+        return self._fitting[wanted, tokens]
+
+    def _bytes(self, rows: int, tokens: int) -> int:
+        from .footprint import forward_bytes
+
+        return forward_bytes(self.model, rows, tokens, tt_model=self.tt_model, adapter=self.adapter)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
