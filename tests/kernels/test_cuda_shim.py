@@ -9,13 +9,11 @@ import shutil
 import pytest
 import shim
 import torch
+from kernel_cases import DISTRIBUTIONS, DTYPES, bits
 
 from adazeta_kernels import TTAdapterLayout, checks
 from adazeta_kernels.backends import native, native_cuda, reference
 from adazeta_kernels.testing import assert_as_exact_as
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTRIBUTIONS = ["gaussian", "rademacher"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing: it compiles the .cu files")
 
@@ -31,10 +29,6 @@ def cuda(module, monkeypatch):
     monkeypatch.setattr(native_cuda, "_native", module)
     monkeypatch.setattr(native_cuda, "_where", lambda tensor: (0, 0))
     return native_cuda
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def misaligned(numel, dtype, by):

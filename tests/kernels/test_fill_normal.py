@@ -2,20 +2,15 @@
 
 import pytest
 import torch
+from kernel_cases import DISTRIBUTIONS, DTYPES, bits
 
 from adazeta_kernels import fill_normal_
 from adazeta_kernels.backends import native
 from adazeta_kernels.backends.reference import rng
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTRIBUTIONS = ["gaussian", "rademacher"]
 LEVELS = native.levels()
 # Around blocks (4 and 128 elements), groups (64), tiles (2048) and the carry into the high counter word.
 OFFSETS = [0, 1, 2, 3, 63, 127, 2047, 2**32 - 5, 2**34 - 3, 2**39 - 70, 2**63 - 5000]
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def expected(numel, seed, offset, distribution, dtype=torch.float32):

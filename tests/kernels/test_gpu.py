@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from kernel_cases import DISTRIBUTIONS, DTYPES, bits, lists_here_and_on_gpu
 
 from adazeta_kernels import (
     TTAdapterLayout,
@@ -23,8 +24,6 @@ from adazeta_kernels import (
 from adazeta_kernels.backends import native, native_cuda, reference
 from adazeta_kernels.testing import assert_as_exact_as
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTRIBUTIONS = ["gaussian", "rademacher"]
 ELEMENTS = int(os.environ.get("ADAZETA_GPU_ELEMENTS", 10**7))
 LAYOUT = TTAdapterLayout.auto(576, 64, 5)
 
@@ -36,23 +35,6 @@ def why_not():
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=f"needs a GPU: {why_not()}")]
-
-
-def bits(tensor):
-    return tensor.cpu().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
-def lists(count, seed=0):
-    """Tensors of 0 to 3,000 elements of mixed dtypes, each on the CPU and on the GPU, some misaligned."""
-    generator = torch.Generator().manual_seed(seed)
-    here, there = [], []
-    for position in range(count):
-        numel = int(torch.randint(0, 3000 if position % 3 == 0 else 40, (), generator=generator))
-        tensor = torch.randn(numel, generator=generator).to(DTYPES[position % 3])
-        shifted = torch.empty(numel + 8, dtype=tensor.dtype, device="cuda")[position % 5 :][:numel]
-        here.append(tensor)
-        there.append(shifted.copy_(tensor))
-    return here, there
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -84,7 +66,7 @@ def test_many_elements_give_the_bits_of_the_cpu(distribution):
 @pytest.mark.parametrize("count", [1, 12, 112, 300])
 def test_perturb_gives_the_bits_of_the_cpu(count, distribution):
     for offset, decay, seeds in ((0, 1.0, 1), (2**34 - 1501, 0.9, 3), (1, 0.5, 0), (2**32 + 5, 0.99, 70)):
-        here, there = lists(count)
+        here, there = lists_here_and_on_gpu(count)
         scales = [0.01 * (j - 1) for j in range(seeds)]
         for params in (here, there):
             perturb_(

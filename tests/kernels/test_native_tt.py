@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from kernel_cases import DTYPES, LAYOUTS, adapter_inputs, assert_activations, dtype_id, low_rank_inputs
 
 from adazeta_kernels import TTAdapterLayout, TTShape, _native, dispatch, perturb_, tt_adapter, tt_linear
 from adazeta_kernels.backends import native
@@ -11,20 +12,6 @@ from adazeta_kernels.backends.reference import tt as reference
 from adazeta_kernels.checks import ACTS
 from adazeta_kernels.testing import assert_as_exact_as
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 2.0**-24
-# Widths below, at and off multiples of every vector length; ranks on both sides of what is unrolled, up to the limit.
-LAYOUTS = {
-    "576-64-r5": TTAdapterLayout.auto(576, 64, 5),
-    "576-8-r2": TTAdapterLayout.auto(576, 8, 2),
-    "77-6-r4": TTAdapterLayout.auto(77, 6, 4),
-    "45-15-r7-nobias": TTAdapterLayout.auto(45, 15, 7, bias=False),
-    "12-8-r1": TTAdapterLayout.auto(12, 8, 1),
-    "unequal": TTAdapterLayout(
-        120, 24, TTShape((4, 5, 6), (2, 3, 4), (2, 3, 4, 3, 2)), TTShape((24,), (5, 24), (9, 2)), True
-    ),
-    "130-70-r64": TTAdapterLayout.auto(130, 70, 64, shapes={"width": (10, 13), "bottleneck": (7, 10)}),
-}
 TOKENS = [(1, 1), (5, 3), (2, 8), (3, 9), (2, 16), (1, 33), (2, 0)]
 
 
@@ -36,21 +23,6 @@ def level(request):
 @pytest.fixture(params=LAYOUTS, ids=list(LAYOUTS))
 def layout(request):
     return LAYOUTS[request.param]
-
-
-def dtype_id(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def adapter_inputs(layout, probes, tokens, dtype):
-    factors = torch.randn(probes, layout.factor_numel) / layout.max_bond**0.5
-    return torch.randn(probes, tokens, layout.width).to(dtype), factors
-
-
-def low_rank_inputs(probes, tokens, d_in, rank, d_out, dtype):
-    x, base = torch.randn(probes, tokens, d_in).to(dtype), torch.randn(probes, tokens, d_out).to(dtype)
-    left, right = torch.randn(probes, d_in, rank) / d_in**0.5, torch.randn(probes, rank, d_out) / rank**0.5
-    return x, base, left, right, torch.randn(probes, d_out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -90,24 +62,7 @@ def activated(act, values, rank, level):
 def test_activation_errors_in_units_of_rounding(level, rank):
     small = torch.logspace(-30, 0, 2048)
     x = torch.cat([torch.linspace(-20, 20, 16384), small, -small, torch.linspace(-100, 100, 4096), torch.zeros(16)])
-    wide = x.double()
-    error = {a: (activated(a, x, rank, level).double() - expected).abs() for a, expected in exact_acts(wide).items()}
-    assert (error["tanh"] <= 4 * EPS * wide.tanh().abs()).all()
-    assert (error["silu"] <= 3 * EPS * wide.abs() + 1e-35).all()
-    assert (error["gelu"] <= 2 * EPS * wide.abs()).all()
-    near = wide >= -1
-    assert (error["gelu"] <= 6 * EPS * exact_acts(wide)["gelu"].abs())[near].all()
-    assert error["relu"].max() == 0 and error["identity"].max() == 0
-
-
-def exact_acts(x):
-    return {
-        "relu": x.clamp(min=0),
-        "gelu": x * 0.5 * torch.special.erfc(-x / 2**0.5),
-        "silu": x * torch.sigmoid(x),
-        "tanh": x.tanh(),
-        "identity": x,
-    }
+    assert_activations(x, {act: activated(act, x, rank, level) for act in ACTS})
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])

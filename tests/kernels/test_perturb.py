@@ -2,25 +2,14 @@
 
 import pytest
 import torch
+from kernel_cases import DISTRIBUTIONS, DTYPES, bits, same
 
 from adazeta_kernels import fill_normal_, perturb_
 from adazeta_kernels.backends import native
 from adazeta_kernels.backends.reference import rng
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTRIBUTIONS = ["gaussian", "rademacher"]
 LEVELS = native.levels()
 SHAPES = [(3,), (0,), (17, 5), (1,), (2048,), (63, 33), (2, 0, 3), (700,)]
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
-def same(left, right):
-    """Bit-identical, but for the payload of a NaN."""
-    nan = left.isnan() & right.isnan()
-    return torch.equal(bits(left.where(~nan, 0)), bits(right.where(~nan, 0)))
 
 
 def tensors(dtypes, seed=0, shapes=SHAPES):

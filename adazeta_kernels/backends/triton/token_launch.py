@@ -30,8 +30,8 @@ _VECTOR = 16  # widths that are multiples of it are read and written 16 bytes at
 _WARPS, _STAGES = 4, 3
 # Bytes of a tile of x: on every processor a few tiles are read twice, and all of them should stay in the cache.
 _CACHED_BYTES = 128 << 10
-_MOST_SPLITS = 16
-_COLUMNS_OF_A_SHARE = 256  # at least, so that a program's loads overlap
+_SHARES = 8  # programs that split a tile where tiles are few: one number, for one compiled kernel
+_COLUMNS_OF_A_SHARE = 128  # at least, so that a program's loads overlap
 
 
 def padded(rank: int) -> int:
@@ -39,15 +39,15 @@ def padded(rank: int) -> int:
     return max(LEAST, triton.next_power_of_2(rank))
 
 
-def depth(rank: int, shared: bool = False) -> int:
+def depth(rank: int, few: bool = False) -> int:
     """Columns of a chunk whose products a tensor core sums: as many as leave registers for the parts of a factor.
 
     Args:
-        shared: several programs share a tile.
+        few: tiles of the fewest tokens only, as in `candidates`.
     """
     if rank > LEAST:
         return LEAST
-    return 32 if shared else 64
+    return 32 if few else 64
 
 
 @cache
@@ -58,10 +58,10 @@ def processors(device: torch.device) -> int:
 
 
 def splits(device: torch.device, probes: int, tokens: int, width: int) -> int:
-    """Programs that share a tile of the fewest tokens; 1 where tiles occupy the device anyway."""
+    """Programs that share a tile of the fewest tokens; 1 where tiles occupy half of the device anyway."""
     tiles = probes * triton.cdiv(tokens, LEAST)
-    shares = min(processors(device) // tiles, width // _COLUMNS_OF_A_SHARE, _MOST_SPLITS)
-    return max(shares, 1)
+    few = 2 * tiles <= processors(device)
+    return _SHARES if few and width >= _SHARES * _COLUMNS_OF_A_SHARE else 1
 
 
 def candidates(rank: int, itemsize: int, width: int, limits: Limits, few: bool) -> list[Configuration]:
@@ -121,7 +121,8 @@ def run(
     vectors = width % _VECTOR == 0 and d_out % _VECTOR == 0
     if shares is None:
         shares = splits(x.device, probes, tokens, width) if vectors else 1
-    codes = codes | ranks | {"DEPTH": depth(widest, shares > 1), "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
+    few = shares > 1 or not vectors
+    codes = codes | ranks | {"DEPTH": depth(widest, few), "DTYPE": DTYPES[x.dtype], "SPLITS": shares}
 
     def go(configuration):
         tiles = probes * triton.cdiv(tokens, configuration["TOKENS"])
@@ -134,7 +135,7 @@ def run(
             launch.launch(kernel, tiles * shares, x.device, configuration, *rest, **codes, STAGE=stage.value)
 
     if configuration is None:
-        found = candidates(widest, itemsize, width, launch.limits(x.device), shares > 1 or not vectors)
+        found = candidates(widest, itemsize, width, launch.limits(x.device), few)
         shapes = (*launch.shape_class(probes, tokens, width, d_out), *ranks.values(), shares)
         # Measuring on the call's own memory is harmless: the result is written anew, the same, by every launch.
         configuration = tuning.choose(f"{name} {x.dtype}", shapes, found, x.device, lambda: go)
@@ -151,9 +152,11 @@ def specimens(
 ) -> list[launch.Specimen]:
     """A kernel under every configuration that `run` can choose on any GPU, for every dtype of x and padded rank.
 
+    Those named "odd" are for widths that are no multiples of 16.
+
     Args:
         signature: of all arguments but constexprs, x being of type "*x".
-        widths: names of the arguments that are widths.
+        widths: names of the arguments that are widths, the only ones that kernels specialise on.
         ranks: names of its constexprs that are padded ranks.
         codes: the other constexprs.
     """
@@ -163,20 +166,19 @@ def specimens(
         itemsize = 4 if code == FLOAT32 else 2
         types = {key: f"*{dtype}" if value == "*x" else value for key, value in signature.items()}
         fixed = dict.fromkeys(ranks, rank) | codes | {"DTYPE": code.value}
-        for stage, few, aligned in (
-            (WHOLE, False, (*pointers, *widths)),
-            (WHOLE, True, pointers),
-            (PROJECT, True, (*pointers, *widths)),
-            (FINISH, True, (*pointers, *widths)),
+        for stage, few, odd in (
+            (WHOLE, False, False),
+            (WHOLE, True, True),
+            (PROJECT, True, False),
+            (FINISH, True, False),
         ):
             for c in fitting(rank, itemsize, 0, launch.LIMITS["cuda", 90], few):
-                constexprs = fixed | dict(c.sizes) | {"STAGE": stage.value, "SPLITS": 1 if stage == WHOLE else 8}
-                constexprs["DEPTH"] = depth(rank, stage != WHOLE)
+                constexprs = fixed | dict(c.sizes) | {"STAGE": stage.value, "SPLITS": 1 if stage == WHOLE else _SHARES}
+                constexprs["DEPTH"] = depth(rank, few)
                 if stage == WHOLE:
                     constexprs["partial"] = None
-                label = f"{name} {dtype} rank={rank} {c['TOKENS']}x{c['WIDTH']} stage={stage.value}"
-                label += "" if aligned != pointers else " odd"
+                label = f"{name} {dtype} rank={rank} {c['TOKENS']}x{c['WIDTH']} stage={stage.value}{' odd' * odd}"
                 present = {key: value for key, value in types.items() if key not in constexprs}
-                multiples = tuple(key for key in aligned if key in present)
-                found.append(launch.Specimen(label, kernel, present, constexprs, c.num_warps, c.num_stages, multiples))
+                aligned = tuple(key for key in (*pointers, *(() if odd else widths)) if key in present)
+                found.append(launch.Specimen(label, kernel, present, constexprs, c.num_warps, c.num_stages, aligned))
     return found

@@ -63,7 +63,7 @@ def narrow_part(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "bottleneck", "rank_down", "rank_up", "factor_stride"])
 def tt_adapter_kernel(
     x,
     y,

@@ -118,7 +118,7 @@ def perturb_cores_kernel(
         tl.store(bias + at, moved, mask=inside & (at >= core_count))
 
 
-@triton.jit(do_not_specialize=["factor_numel", "scratch_numel", "side"])
+@triton.jit(do_not_specialize=["factor_numel", "scratch_numel", "side", "programs"])
 def contract_kernel(
     out,
     scratch,
@@ -126,18 +126,18 @@ def contract_kernel(
     factor_numel: tl.int64,
     scratch_numel: tl.int64,
     side: tl.int32,
-    PARTS: tl.constexpr,
+    programs: tl.int32,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The matrix of a chain, by PARTS programs."""
-    program, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    """The matrix of a chain, by that many programs."""
+    program, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     chain = table + program % 4 * (_HEAD + 2 * side)
     out += (program // 4).to(tl.int64) * factor_numel + tl.load(chain + _OUT)
     cores = scratch + program.to(tl.int64) * scratch_numel
     rows, columns, left = tl.load(chain + _ROWS), tl.load(chain + _COLUMNS), chain + _HEAD
-    for row in span(part * ROWS, rows, PARTS * ROWS):
+    for row in span(part * ROWS, rows, programs * ROWS):
         r = row + tl.arange(0, ROWS)
         a = _side(r, cores, left, RANK)
         to = out + r[:, None] * columns
@@ -183,8 +183,8 @@ def tt_factors(
 
     def contract(configuration):
         programs = _shares(device, items, plan.rows, configuration) if shares is None else shares
-        codes, arguments = {"PARTS": programs, "RANK": rank}, (out, scratch, table, *sizes)
-        launch.launch(contract_kernel, 4 * items * programs, device, configuration, *arguments, **codes)
+        arguments = (out, scratch, table, *sizes, programs)
+        launch.launch(contract_kernel, 4 * items * programs, device, configuration, *arguments, RANK=rank)
 
     if configuration is None:
         found = candidates(rank, launch.limits(device))
@@ -248,9 +248,10 @@ def specimens() -> list[launch.Specimen]:
         found.append(launch.Specimen(label, perturb_cores_kernel, types, constexprs, aligned=tuple(pointers)))
     names = ("out", "scratch", "table")
     types = {name: (pointers | sizes)[name] for name in (*names, "factor_numel", "scratch_numel", "side")}
+    types["programs"] = "i32"
     for rank in token_launch.RANKS:
         for c in fitting(rank, launch.LIMITS["cuda", 90]):
             label = f"tt_factors rank={rank} {c['ROWS']}x{c['COLUMNS']}"
-            constexprs = {"PARTS": 1, "RANK": rank} | dict(c.sizes)
+            constexprs = {"RANK": rank} | dict(c.sizes)
             found.append(launch.Specimen(label, contract_kernel, types, constexprs, c.num_warps, aligned=names))
     return found

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of the Triton kernels, without a GPU, in a process of its own.
 
     reports(["perturb"], ["sm_90"])                     what the specimens of kernel files compile to
-    python aot.py fill_normal perturb --targets sm_90   the same as a table; --resources FILE keeps it as JSON
+    python aot.py fill_normal perturb --targets sm_90   the same as a table; no name means every kernel file
+    python aot.py --resources FILE                      keeps it as JSON too, which benchmarks/report_compiled.py reads
 
 The process is fresh because kernels that the interpreter has decorated cannot be compiled. ptxas and the assembler of
 LLVM come with Triton.
@@ -13,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -27,6 +29,16 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 ROOT = Path(__file__).parents[3]
+MODULES = [
+    "fill_normal",
+    "perturb",
+    "perturb_rows",
+    "launch",
+    "tt_factors",
+    "tt_adapter",
+    "tt_linear",
+    "low_rank_linear",
+]
 
 
 @dataclass
@@ -105,7 +117,7 @@ def _resources_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="+", metavar="module", help="kernel file, such as perturb")
+    parser.add_argument("modules", nargs="*", default=MODULES, metavar="module", help="kernel file, such as perturb")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--match", default="", help="regular expression on names of specimens")
     parser.add_argument("--json", action="store_true", help="whole reports, one a line")
@@ -128,10 +140,27 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.resources:
-        import triton
-
         lines = ",\n".join(json.dumps(kernel) for kernel in resources)
-        arguments.resources.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
+        head = json.dumps(_origin(), indent=1)[:-2]
+        arguments.resources.write_text(f'{head},\n "kernels": [\n{lines}\n]}}\n')
+
+
+def _origin() -> dict[str, object]:
+    """Where figures come from: command, commit, and versions of what compiled."""
+    import triton
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return {
+        "command": " ".join(["python", str(Path(__file__).relative_to(ROOT)), *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": git("status", "--short", "--untracked-files=no").splitlines(),
+        "python": platform.python_version(),
+        "triton": triton.__version__,
+        "ptxas": triton.knobs.nvidia.ptxas.version,
+        "ptxas_blackwell": triton.knobs.nvidia.ptxas_blackwell.version,
+    }
 
 
 if __name__ == "__main__":

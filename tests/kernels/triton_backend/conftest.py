@@ -2,7 +2,10 @@
 collected only in a process that was started with TRITON_INTERPRET=1, which test_triton_interpreter.py does."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # kernel_cases, also where only files of this folder run
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The two kinds exclude each other: a kernel is decorated once, for the interpreter or for the compiler.

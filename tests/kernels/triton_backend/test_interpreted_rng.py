@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_cases import DTYPES, bits, same
 
 import adazeta_kernels as kernels
 from adazeta_kernels.backends import native
@@ -14,7 +15,6 @@ from adazeta_kernels.backends import triton as backend
 from adazeta_kernels.backends.triton import launch, rng
 from adazeta_kernels.backends.triton.elementwise import DISTRIBUTIONS
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors.json").read_text())
 # As on a GPU, where a tile is small and a list has many.
 SMALL_TILES = [
@@ -23,16 +23,6 @@ SMALL_TILES = [
 ]
 
 both_distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
-def same(left, right):
-    """Bit-identical, but for the payload of a NaN."""
-    nan = left.isnan() & right.isnan()
-    return torch.equal(bits(left.where(~nan, 0)), bits(right.where(~nan, 0)))
 
 
 @triton.jit

@@ -5,9 +5,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_cases import DEEP, DTYPES, EPS, LAYOUTS, adapter_inputs, assert_activations, dtype_id, low_rank_inputs
 
 import adazeta_kernels as kernels
-from adazeta_kernels import TTAdapterLayout, TTShape
+from adazeta_kernels import TTAdapterLayout
 from adazeta_kernels.backends import triton as backend
 from adazeta_kernels.backends.reference import tt as reference
 from adazeta_kernels.backends.triton import activation, products
@@ -15,37 +16,12 @@ from adazeta_kernels.backends.triton.launch import Configuration
 from adazeta_kernels.checks import ACTS
 from adazeta_kernels.testing import assert_as_exact_as
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 2.0**-24
-# Widths below, at and off multiples of a tile, ranks on both sides of a padded one, up to the limit.
-LAYOUTS = {
-    "576-64-r5": TTAdapterLayout.auto(576, 64, 5),
-    "77-6-r4": TTAdapterLayout.auto(77, 6, 4),
-    "45-15-r7-nobias": TTAdapterLayout.auto(45, 15, 7, bias=False),
-    "12-8-r1": TTAdapterLayout.auto(12, 8, 1),
-    "unequal": TTAdapterLayout(
-        120, 24, TTShape((4, 5, 6), (2, 3, 4), (2, 3, 4, 3, 2)), TTShape((24,), (5, 24), (9, 2)), True
-    ),
-    "130-70-r64": TTAdapterLayout.auto(130, 70, 64, shapes={"width": (10, 13), "bottleneck": (7, 10)}),
-}
-DEEP = TTShape((2, 1, 3, 2, 2, 1, 2, 2), (2, 2, 1, 3, 2, 1, 1, 5), (2, 2, 3, 4, 5, 4, 3, 6, 2, 3, 2, 3, 1, 3, 2))
-CONTRACTED = LAYOUTS | {"16-cores": TTAdapterLayout(96, 120, DEEP, DEEP.mirror)}
+CONTRACTED = LAYOUTS | {"16-cores": DEEP}
 # As on a GPU: several tiles of tokens, of columns, of rows.
 TILES = Configuration((("TOKENS", 16), ("WIDTH", 32)))
 BLOCKS = Configuration((("ROWS", 16), ("COLUMNS", 32)))
 
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def adapter_inputs(layout, probes, tokens, dtype):
-    factors = torch.randn(probes, layout.factor_numel) / layout.max_bond**0.5
-    return torch.randn(probes, tokens, layout.width).to(dtype), factors
-
-
-def low_rank_inputs(probes, tokens, d_in, rank, d_out, dtype):
-    x, base = torch.randn(probes, tokens, d_in).to(dtype), torch.randn(probes, tokens, d_out).to(dtype)
-    left, right = torch.randn(probes, d_in, rank) / d_in**0.5, torch.randn(probes, rank, d_out) / rank**0.5
-    return x, base, left, right, torch.randn(probes, d_out)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
 def assert_adapter(x, factors, layout, act, scale, **kwargs):
@@ -158,27 +134,13 @@ def apply(x, out, ACT: tl.constexpr, COUNT: tl.constexpr):
 def test_activation_errors_in_units_of_rounding():
     small = torch.logspace(-30, 0, 2048)
     x = torch.cat([torch.linspace(-20, 20, 8192), small, -small, torch.linspace(-100, 100, 4032), torch.zeros(64)])
-    wide, error = x.double(), {}
-    exact = {
-        "relu": wide.clamp(min=0),
-        "gelu": wide * 0.5 * torch.special.erfc(-wide / 2**0.5),
-        "silu": wide * torch.sigmoid(wide),
-        "tanh": wide.tanh(),
-        "identity": wide,
-    }
+    activated, nan = {}, torch.full((1,), torch.nan)
     for act, code in activation.ACTS.items():
-        y = torch.empty_like(x)
-        apply[(1,)](x, y, ACT=code, COUNT=len(x))
-        error[act] = (y.double() - exact[act]).abs()
-        x[-1] = torch.nan
-        apply[(1,)](x, y, ACT=code, COUNT=len(x))
-        assert y[-1].isnan()
-        x[-1] = 0.0
-    assert (error["tanh"] <= 4 * EPS * wide.tanh().abs()).all()
-    assert (error["silu"] <= 3 * EPS * wide.abs() + 1e-35).all()
-    assert (error["gelu"] <= 2 * EPS * wide.abs()).all()
-    assert (error["gelu"] <= 6 * EPS * exact["gelu"].abs())[wide >= -1].all()
-    assert error["relu"].max() == 0 and error["identity"].max() == 0
+        activated[act], of_nan = torch.empty_like(x), torch.zeros(1)
+        apply[(1,)](x, activated[act], ACT=code, COUNT=len(x))
+        apply[(1,)](nan, of_nan, ACT=code, COUNT=1)
+        assert of_nan.isnan()
+    assert_activations(x, activated)
 
 
 def assert_low_rank(inputs, **forced):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import adazeta_kernels as kernels
+from adazeta_kernels import TTAdapterLayout
 
 triton = pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
 from adazeta_kernels.backends import triton as backend  # noqa: E402
-from adazeta_kernels.backends.triton import elementwise, launch, tuning  # noqa: E402
+from adazeta_kernels.backends.triton import elementwise, launch, token_launch, tuning  # noqa: E402
 from adazeta_kernels.backends.triton.launch import Configuration, Limits  # noqa: E402
 
 CANDIDATES = [Configuration((("BLOCK", block),), num_warps=4) for block in (1024, 2048, 4096)]
@@ -135,7 +136,7 @@ class DriverOfNoDevice:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Launches compile and run nothing; `(kernel name, signature, constants, options)` of each."""
+    """Launches compile and run nothing; `(kernel name, signature, constants, aligned names, options)` of each."""
     launches = []
 
     class Compiling:
@@ -146,9 +147,9 @@ def compiled(monkeypatch):
             def compile(*args, **kwargs):
                 made = self.kernel.warmup(*args, grid=grid, **kwargs)
                 constants = {self.kernel.arg_names[k]: value for (k,), value in made.src.constants.items()}
+                aligned = {self.kernel.arg_names[k] for (k,), attributes in made.src.attrs.items() if attributes}
                 options = made.metadata.num_warps, made.metadata.num_stages, made.metadata.enable_fp_fusion
-                assert not any(made.src.attrs.values()), "specialised on values of this call"
-                launches.append((self.kernel.__name__, made.src.signature, constants, options))
+                launches.append((self.kernel.__name__, made.src.signature, constants, aligned, options))
 
             return compile
 
@@ -157,6 +158,19 @@ def compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfNoDevice())
     return launches
+
+
+def listed(modules):
+    """What the specimens are, as `compiled` tells launches."""
+    found = []
+    for module in modules:
+        for specimen in importlib.import_module(f"adazeta_kernels.backends.triton.{module}").specimens():
+            names = specimen.kernel.arg_names
+            signature = {name: specimen.signature.get(name, "constexpr") for name in names}
+            options = specimen.num_warps, specimen.num_stages, specimen.fp_fusion
+            aligned = set(specimen.aligned)
+            found.append((specimen.kernel.__name__, signature, specimen.constexprs, aligned, options))
+    return found
 
 
 @pytest.mark.slow
@@ -169,15 +183,30 @@ def test_a_launch_compiles_what_the_specimens_list(compiled):
         backend.perturb_([theta] * numel, seeds, scales, 0, 1.0, "rademacher", configuration=configuration)
         backend.perturb_rows(theta, seeds, scales, offset, "rademacher", configuration=configuration)
     launch._through_launches(torch.tensor([seed % 2**31, -1]), torch.device("cpu"))
-    from test_triton_aot import MODULES
-
-    listed = []
-    for module in MODULES:
-        for specimen in importlib.import_module(f"adazeta_kernels.backends.triton.{module}").specimens():
-            names = specimen.kernel.arg_names
-            signature = {name: specimen.signature.get(name, "constexpr") for name in names}
-            options = specimen.num_warps, specimen.num_stages, specimen.fp_fusion
-            listed.append((specimen.kernel.__name__, signature, specimen.constexprs, options))
     assert len(compiled) == 10
-    assert all(found in listed for found in compiled)
+    known = listed(["fill_normal", "perturb", "perturb_rows", "launch"])
+    assert all(found in known for found in compiled)
     assert len({str(found) for found in compiled}) == 4
+
+
+@pytest.mark.slow
+def test_a_launch_of_a_tt_op_compiles_what_the_specimens_list(compiled):
+    """Whatever the numbers of probes and tokens, the ranks of a class, the bottleneck and the distances of rows."""
+    tokens = Configuration((("TOKENS", 16), ("WIDTH", 32)), num_warps=4, num_stages=3)
+    contraction = Configuration((("ROWS", 32), ("COLUMNS", 32)))
+    seeds, scales = torch.arange(3), torch.ones(3)
+    for width, bottleneck, rank, count in ((64, 48, 32, 1), (48, 23, 17, 16)):
+        layout = TTAdapterLayout.auto(width, bottleneck, rank, shapes={"width": (width,), "bottleneck": (bottleneck,)})
+        assert layout.down.bond == layout.up.bond == rank
+        theta, factors = torch.zeros(count * layout.numel), torch.zeros(3, layout.factor_numel)
+        backend.tt_factors(theta, layout, seeds, scales, count, "gaussian", configuration=contraction, shares=count)
+        x = torch.zeros(3, count, width, dtype=torch.float16)
+        for shares in (1, token_launch._SHARES):
+            backend.tt_adapter(x, factors, layout, "gelu", 0.5, configuration=tokens, shares=shares)
+        left, right, bias = torch.zeros(3, width, rank), torch.zeros(3, rank, 32), torch.zeros(3, 32)
+        backend.tt_linear(x, left, right, bias, configuration=tokens, shares=1)
+        backend.low_rank_linear(x, x[..., :32], left, right, 0.5, configuration=tokens, shares=1)
+    assert len(compiled) == 14
+    known = listed(["tt_factors", "tt_adapter", "tt_linear", "low_rank_linear"])
+    assert all(found in known for found in compiled)
+    assert len({str(found) for found in compiled}) == 7

@@ -9,13 +9,12 @@ import os
 
 import pytest
 import torch
+from kernel_cases import DISTRIBUTIONS, DTYPES, bits, lists_here_and_on_gpu
 
 from adazeta_kernels import explain, fill_normal_, perturb_
 from adazeta_kernels.backends import native
 from adazeta_kernels.backends import triton as backend
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTRIBUTIONS = ["gaussian", "rademacher"]
 ELEMENTS = int(os.environ.get("ADAZETA_GPU_ELEMENTS", 10**7))
 
 
@@ -32,29 +31,12 @@ def _without_tuning(monkeypatch):
     monkeypatch.setenv("ADAZETA_AUTOTUNE", "0")
 
 
-def bits(tensor):
-    return tensor.cpu().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
 def configurations(dtype):
     """All that tuning may choose here; dtype is a torch dtype or None for a list of several."""
     from adazeta_kernels.backends.triton import elementwise, perturb
 
     code = perturb.MIXED.value if dtype is None else elementwise.DTYPES[dtype]
     return elementwise.candidates(code, torch.device("cuda", 0), 1)
-
-
-def lists(count, dtypes=DTYPES):
-    """Tensors of 0 to 5,000 elements, each on the CPU and on the GPU, some misaligned."""
-    generator = torch.Generator().manual_seed(count)
-    here, there = [], []
-    for position in range(count):
-        numel = int(torch.randint(0, 5000 if position % 3 == 0 else 40, (), generator=generator))
-        tensor = torch.randn(numel, generator=generator).to(dtypes[position % len(dtypes)])
-        shifted = torch.empty(numel + 8, dtype=tensor.dtype, device="cuda")[position % 5 :][:numel]
-        here.append(tensor)
-        there.append(shifted.copy_(tensor))
-    return here, there
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -92,7 +74,7 @@ def test_perturb_of_lists_gives_the_bits_of_the_cpu(dtypes, distribution):
     for count, offset, decay, seeds in ((1, 0, 1.0, 1), (12, 2**34 - 1501, 0.9, 3), (300, 2**32 + 5, 0.99, 70)):
         scales = torch.tensor([0.01 * (j - 1) for j in range(seeds)])
         for configuration in configurations(dtype):
-            here, there = lists(count, dtypes)
+            here, there = lists_here_and_on_gpu(count, dtypes)
             native.perturb_(here, torch.arange(seeds), scales, offset, decay, distribution)
             backend.perturb_(
                 there, torch.arange(seeds), scales, offset, decay, distribution, configuration=configuration
@@ -140,7 +122,7 @@ def test_launches_go_to_the_current_stream():
 @pytest.mark.parametrize("count", [1, 200])
 def test_capture_in_a_cuda_graph(count):
     """A replay reads no host memory: what the call was given is gone by then."""
-    _, params = lists(count)
+    _, params = lists_here_and_on_gpu(count)
     before = [p.clone() for p in params]
 
     def step():

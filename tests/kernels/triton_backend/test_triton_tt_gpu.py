@@ -6,21 +6,20 @@ may choose; with several programs a tile, and captured in a CUDA graph.
 
 import pytest
 import torch
+from kernel_cases import DEEP, DTYPES, adapter_inputs, low_rank_inputs
 
-from adazeta_kernels import TTAdapterLayout, TTShape, checks, tt_adapter, tt_factors
+from adazeta_kernels import TTAdapterLayout, checks, tt_adapter, tt_factors
 from adazeta_kernels.backends import native, native_cuda, reference
 from adazeta_kernels.backends import triton as backend
 from adazeta_kernels.testing import assert_as_exact_as
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEEP = TTShape((2, 1, 3, 2, 2, 1, 2, 2), (2, 2, 1, 3, 2, 1, 1, 5), (2, 2, 3, 4, 5, 4, 3, 6, 2, 3, 2, 3, 1, 3, 2))
 LAYOUTS = {
     "576-64-r5": TTAdapterLayout.auto(576, 64, 5),
     "4096-64-r5": TTAdapterLayout.auto(4096, 64, 5),
     "4096-64-r16": TTAdapterLayout.auto(4096, 64, 16),
     "77-6-r4-nobias": TTAdapterLayout.auto(77, 6, 4, bias=False),
     "130-70-r64": TTAdapterLayout.auto(130, 70, 64, shapes={"width": (10, 13), "bottleneck": (7, 10)}),
-    "16-cores": TTAdapterLayout(96, 120, DEEP, DEEP.mirror),
+    "16-cores": DEEP,
 }
 # The fewest tokens, a tile and one token more, more tiles than processors.
 SHAPES = [(1, 1), (40, 1), (3, 65), (2, 5000)]
@@ -42,11 +41,6 @@ def _without_tuning(monkeypatch):
 @pytest.fixture(params=LAYOUTS, ids=list(LAYOUTS))
 def layout(request):
     return LAYOUTS[request.param]
-
-
-def adapter_inputs(layout, probes, tokens, dtype):
-    factors = torch.randn(probes, layout.factor_numel, device="cuda") / layout.max_bond**0.5
-    return torch.randn(probes, tokens, layout.width, device="cuda").to(dtype), factors
 
 
 def token_configurations(rank, width, dtype):
@@ -105,7 +99,7 @@ def test_tt_factors(layout, distribution):
 def test_tt_adapter(layout, shape, dtype):
     if shape[1] == 5000 and layout.width > 1000:
         shape = (2, 1500)
-    x, factors = adapter_inputs(layout, *shape, dtype)
+    x, factors = adapter_inputs(layout, *shape, dtype, "cuda")
     for configuration in token_configurations(layout.max_bond, layout.width, dtype):
         assert_adapter(x, factors, layout, "gelu", configuration=configuration, shares=1)
     y = assert_adapter(x, factors, layout, "silu")
@@ -119,7 +113,7 @@ def test_tt_adapter(layout, shape, dtype):
 @pytest.mark.parametrize("shares", [1, 2, 16])
 def test_activations_and_shares(act, shares):
     for dtype in DTYPES:
-        x, factors = adapter_inputs(LAYOUTS["4096-64-r5"], 2, 19, dtype)
+        x, factors = adapter_inputs(LAYOUTS["4096-64-r5"], 2, 19, dtype, "cuda")
         few = token_configurations(5, 4096, dtype)[-1]
         assert_adapter(x, factors, LAYOUTS["4096-64-r5"], act, configuration=few, shares=shares)
 
@@ -132,10 +126,7 @@ def test_low_rank(dtype):
         (2, 90, 2560, 12, 64),
         (2, 9, 512, 64, 4096),
     ):
-        x = torch.randn(probes, tokens, d_in, device="cuda").to(dtype)
-        base = torch.randn(probes, tokens, d_out, device="cuda").to(dtype)
-        left = torch.randn(probes, d_in, rank, device="cuda") / d_in**0.5
-        right, bias = torch.randn(probes, rank, d_out, device="cuda"), torch.randn(probes, d_out, device="cuda")
+        x, base, left, right, bias = low_rank_inputs(probes, tokens, d_in, rank, d_out, dtype, "cuda")
         product = x.double() @ left.double() @ right.double()
         y = backend.tt_linear(x, left, right, bias)
         assert_as_exact_as(y, reference.tt_linear(x, left, right, bias), product + bias.double()[:, None])
@@ -168,7 +159,7 @@ def test_tuned_calls_give_the_results_of_others(monkeypatch, tmp_path):
     from adazeta_kernels.backends.triton import tuning
 
     layout = LAYOUTS["576-64-r5"]
-    x, factors = adapter_inputs(layout, 4, 1000, torch.bfloat16)
+    x, factors = adapter_inputs(layout, 4, 1000, torch.bfloat16, "cuda")
     expected = backend.tt_adapter(x, factors, layout, "relu", 1.0)
     monkeypatch.setenv("ADAZETA_AUTOTUNE", "1")
     monkeypatch.setenv("ADAZETA_CACHE", str(tmp_path))
