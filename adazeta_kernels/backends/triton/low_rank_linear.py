@@ -105,13 +105,9 @@ def run(x, base, left, right, bias, scale, configuration=None, shares=None) -> t
 
 
 def specimens() -> list[launch.Specimen]:
-    return specimens_of("low_rank_linear", {"base": "*x"}, {"HAS_BASE": True, "HAS_BIAS": False})
-
-
-def specimens_of(name: str, present: dict[str, str], codes: dict[str, bool]) -> list[launch.Specimen]:
-    """The kernel for an op that has a base or a bias, `present`; the other one is None."""
-    pointers = {"x": "*x", "y": "*x", "left": "*fp32", "right": "*fp32", "partial": "*fp32"} | present
+    """With both a base and a bias: more than either op has."""
+    pointers = {"x": "*x", "base": "*x", "y": "*x"} | dict.fromkeys(("left", "right", "bias", "partial"), "*fp32")
     sizes = ("tokens", "d_in", "d_out", "rank", "left_stride", "right_stride", "bias_stride")
     signature = pointers | dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
-    codes = codes | dict.fromkeys({"base", "bias"} - set(present))
-    return token_launch.specimens(name, low_rank_kernel, signature, ("d_in", "d_out"), ("RANK",), codes)
+    codes = {"HAS_BASE": True, "HAS_BIAS": True}
+    return token_launch.specimens("low_rank", low_rank_kernel, signature, ("d_in", "d_out"), ("RANK",), codes)

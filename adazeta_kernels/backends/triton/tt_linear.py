@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adazeta_kernels.backends.triton import launch
-from adazeta_kernels.backends.triton.low_rank_linear import run, specimens_of
+from adazeta_kernels.backends.triton.low_rank_linear import run
 
 
 def tt_linear(
@@ -19,8 +19,3 @@ def tt_linear(
 ) -> torch.Tensor:
     """`(x L) R + bias`; see ops.tt_linear. `configuration` and `shares` as in tt_adapter."""
     return run(x, None, L, R, bias, 1.0, configuration, shares)
-
-
-def specimens() -> list[launch.Specimen]:
-    """With a bias, which takes more than none."""
-    return specimens_of("tt_linear", {"bias": "*fp32"}, {"HAS_BASE": False, "HAS_BIAS": True})

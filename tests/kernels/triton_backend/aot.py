@@ -29,16 +29,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 ROOT = Path(__file__).parents[3]
-MODULES = [
-    "fill_normal",
-    "perturb",
-    "perturb_rows",
-    "launch",
-    "tt_factors",
-    "tt_adapter",
-    "tt_linear",
-    "low_rank_linear",
-]
+MODULES = ["fill_normal", "perturb", "perturb_rows", "launch", "tt_factors", "tt_adapter", "low_rank_linear"]
 
 
 @dataclass

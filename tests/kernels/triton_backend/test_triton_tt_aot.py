@@ -16,12 +16,11 @@ from aot import TARGETS, reports  # noqa: E402
 
 from adazeta_kernels.backends.triton.launch import LIMITS  # noqa: E402
 
-MODULES = ["tt_factors", "tt_adapter", "tt_linear", "low_rank_linear"]
+MODULES = ["tt_factors", "tt_adapter", "low_rank_linear"]
 FEW = "|".join(
     [
         r"tt_adapter bf16 rank=16 64x64 stage=0$",
-        r"low_rank_linear fp16 rank=16 16x128 stage=2",
-        r"tt_linear fp32 rank=16 32x128 stage=0",
+        r"low_rank fp16 rank=16 16x128 stage=2",
         r"tt_factors rank=16 64x64",
         r"perturb_cores gaussian",
     ]
@@ -54,7 +53,7 @@ def test_no_spills_and_within_limits(target):
         assert report.shared <= LIMITS[kind, processor].shared_bytes, report.name
         assert report.registers <= LIMITS[kind, processor].registers, report.name
     names = " ".join(report.name for report in compiled(target))
-    assert all(name in names for name in ("tt_adapter", "tt_linear", "low_rank_linear", "tt_factors", "perturb_cores"))
+    assert all(name in names for name in ("tt_adapter", "low_rank", "tt_factors", "perturb_cores"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
