@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from adazeta import LabelWords, MaskedLabelWords, TTConfig, ZerothOrder
 from adazeta.frozen import pack, pack_where_faster
-from adazeta.probes import TOKENS_PER_FORWARD
+from adazeta.planner import TOKENS_PER_FORWARD
 from adazeta.scoring import kind_of, model_inputs, trunk_of
 from adazeta.tuner.sites import resolve_sites
 from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_

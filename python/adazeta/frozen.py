@@ -138,16 +138,18 @@ def pack_where_faster(model: nn.Module, tokens: int = 256, say=lambda line: None
 
 def packing_speedup(layers: list[nn.Linear], tokens: int, repeats: int = 5) -> float:
     """Return the time of plain products over that of packed ones, for the layers' three commonest kinds of shapes."""
-    kinds = Counter((tuple(layer.weight.shape), layer.weight.dtype) for layer in layers)
-    examples = {(tuple(layer.weight.shape), layer.weight.dtype): layer.weight.detach() for layer in layers}
+    kinds = Counter(_kind(layer) for layer in layers)
+    examples = {_kind(layer): layer for layer in layers}
     total = {"plain": 0.0, "packed": 0.0}
     for kind, count in kinds.most_common(3):
-        weight = examples[kind]
-        x, packed = torch.ones(tokens, weight.shape[1], dtype=weight.dtype), _reordered(weight, tokens)
+        plain = examples[kind]
+        packed = nn.Sequential(copy.deepcopy(plain))
+        pack(packed, tokens)
+        x = torch.ones(tokens, plain.in_features, dtype=plain.weight.dtype)
         seconds: dict[str, list[float]] = {"plain": [], "packed": []}
         for _ in range(repeats):
-            seconds["plain"].append(_seconds(lambda: F.linear(x, weight)))  # noqa: B023
-            seconds["packed"].append(_seconds(lambda: _packed_product(x, packed, None)))  # noqa: B023
+            seconds["plain"].append(_seconds(lambda: plain(x)))  # noqa: B023
+            seconds["packed"].append(_seconds(lambda: packed(x)))  # noqa: B023
         for name, found in seconds.items():
             total[name] += count * median(found[1:])  # the first also sets the library up
     return total["plain"] / total["packed"]
@@ -195,6 +197,10 @@ def _can_be_packed(module: nn.Linear) -> bool:
     weight = module.weight
     known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bfloat16())
     return known and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _kind(layer: nn.Linear) -> tuple:
+    return layer.in_features, layer.out_features, layer.weight.dtype, layer.bias is not None, type(layer)
 
 
 def _multiplies_bfloat16() -> bool:
