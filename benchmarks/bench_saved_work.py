@@ -65,8 +65,8 @@ def bench_upper_quarter(benchmark, threads):
     with tempfile.TemporaryDirectory() as folder:
         engines = {"upper": Ours(copy.deepcopy(base), 4, f"{folder}/upper", upper, prefix_cache="memory")}
         gemm = engines["upper"].gemm
-        engines["nothing_kept"] = Ours(copy.deepcopy(base), 4, f"{folder}/plain", upper, gemm, prefix_cache="off")
-        engines["all"] = Ours(base, 4, f"{folder}/all", adapter, gemm)
+        engines["nothing_kept"] = Ours(copy.deepcopy(base), 4, f"{folder}/plain", upper, gemm=gemm, prefix_cache="off")
+        engines["all"] = Ours(base, 4, f"{folder}/all", adapter, gemm=gemm)
 
         def losses(name):
             return torch.tensor([engines[name].step(batch) for batch in epoch], dtype=torch.float64)

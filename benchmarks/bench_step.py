@@ -5,8 +5,9 @@ batch, tokens, queries and dtypes. Models are configurations with random weights
 
 A case first evaluates both implementations at the same theta and the same directions, and fails unless their losses
 agree. `floor` is 2 Q frozen forwards of the batch, one after another, without adapters and without the head, through
-the very modules that our step uses. Peak memory is that of one step above the model, in a process of its own. The split
-is torch.profiler's, of one more step.
+the very modules that our step uses. "mixed" is what training chooses for a float32 model where the CPU multiplies
+bfloat16 faster: our linear layers are bfloat16 then, the published ones float32. Peak memory is that of one step above
+the model, in a process of its own. The split is torch.profiler's, of one more step.
 """
 
 import os
@@ -16,7 +17,7 @@ from itertools import product
 
 import pytest
 import torch
-from step_engines import ADAPTER, LITTLE_ADAPTER, compare_losses, pair, profile_split
+from step_engines import ADAPTER, LITTLE_ADAPTER, compare_losses, pair, profile_split, stored
 from step_memory import measure
 from step_models import MODELS, build, make_batch
 from timing import SMALL, machine, paired_seconds
@@ -30,7 +31,13 @@ LIMIT = float(os.environ.get("ADAZETA_BENCH_STEP_SECONDS", 20))
 CORE = [
     (model, dtype, *shape)
     for shape in ((1, 32, 10), (16, 64, 4))
-    for model, dtype in (("llama-12l", "bfloat16"), ("roberta-large", "float32"), ("opt-125m", "float32"))
+    for model, dtype in (
+        ("llama-12l", "bfloat16"),
+        ("roberta-large", "float32"),
+        ("roberta-large", "mixed"),
+        ("opt-125m", "float32"),
+        ("opt-125m", "mixed"),
+    )
 ]
 CORE += [("llama-2-7b", "bfloat16", 16, 64, 10)] + [("roberta-large", "bfloat16", 16, 64, 10)] * (DEVICE != "cpu")
 SHAPES, QUERIES = ((1, 8), (1, 32), (1, 128), (4, 64), (16, 64)), (1, 4, 10, 20)
@@ -62,11 +69,11 @@ def peak_mib(side, model, dtype, examples, tokens, queries) -> float:
 
 def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, queries: int) -> dict[str, object]:
     """Compare the losses of both sides, time them in turns, and split ours into its parts."""
-    base = build(model, getattr(torch, dtype), DEVICE, little=SMALL)
+    base = build(model, stored(dtype), DEVICE, little=SMALL)
     batch = make_batch(base, examples, tokens)
     forwards, parameters = 2 * queries, sum(p.numel() for p in base.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = pair(base, queries, folder, LITTLE_ADAPTER if SMALL else ADAPTER)
+        ours, theirs = pair(base, queries, folder, LITTLE_ADAPTER if SMALL else ADAPTER, dtype)
         # Also the call of each side that is not counted. Where forwards are long, one query tells as much.
         apart = compare_losses(ours, theirs, batch, min(queries, max(1, 1024 // (examples * tokens))))
         hidden = ours.frozen_forward(batch)
@@ -102,7 +109,7 @@ def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, quer
     }
 
 
-@pytest.mark.parametrize("case", CORE[:3] if SMALL else CORE + (grid() if GRID else []), ids=name_of)
+@pytest.mark.parametrize("case", CORE[:4] if SMALL else CORE + (grid() if GRID else []), ids=name_of)
 def bench_step(benchmark, threads, case):
     model, dtype, examples, tokens, queries = case
     if MODELS[model].gpu_only and DEVICE == "cpu" and not SMALL:

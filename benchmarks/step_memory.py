@@ -33,18 +33,18 @@ def measure(**case) -> dict[str, object]:
 
 def main(case: dict) -> dict[str, object]:
     import torch
-    from step_engines import ADAPTER, LITTLE_ADAPTER, Ours, published
+    from step_engines import ADAPTER, LITTLE_ADAPTER, Ours, published, stored
     from step_models import build, make_batch
 
     from adazeta.memory import Peak, resident_bytes
 
     torch.set_num_threads(case["threads"])
     on_gpu = case["device"] == "cuda"
-    base = build(case["model"], getattr(torch, case["dtype"]), case["device"], case["little"])
+    base = build(case["model"], stored(case["dtype"]), case["device"], case["little"])
     adapter = LITTLE_ADAPTER if case["little"] else ADAPTER
     with tempfile.TemporaryDirectory() as folder:
         if case["side"] == "ours":
-            step = Ours(base, case["queries"], folder, adapter).step
+            step = Ours(base, case["queries"], folder, adapter, case["dtype"]).step
         else:
             step = partial(published(base, adapter).step, seeds=range(case["queries"]))
         # Libraries set themselves up on the first call; a batch of one short row needs hardly any activations.

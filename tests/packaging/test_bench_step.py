@@ -12,9 +12,9 @@ import step_engines  # noqa: E402
 from step_models import MODELS, build, make_batch  # noqa: E402
 
 
-def sides(folder, model="llama-12l", dtype=torch.float32):
-    base = build(model, dtype, little=True)
-    ours, theirs = step_engines.pair(base, 2, folder, step_engines.LITTLE_ADAPTER)
+def sides(folder, model="llama-12l", dtype="float32"):
+    base = build(model, step_engines.stored(dtype), little=True)
+    ours, theirs = step_engines.pair(base, 2, folder, step_engines.LITTLE_ADAPTER, dtype)
     return ours, theirs, make_batch(base, 2, 5)
 
 
@@ -27,8 +27,9 @@ def test_losses_of_the_published_step_are_ours(tmp_path, model):
     assert ours.optimizer.step_index == 0
 
 
-def test_and_in_bfloat16(tmp_path):
-    ours, theirs, batch = sides(tmp_path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_and_in_bfloat16(tmp_path, dtype):
+    ours, theirs, batch = sides(tmp_path, dtype=dtype)
     assert 0 < step_engines.compare_losses(ours, theirs, batch, 2) < 0.05
 
 
@@ -36,7 +37,7 @@ def other_directions(seed, parameters):
     return step_engines.PublishedStep.__init__.__kwdefaults__["normals"](seed + 1, parameters)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_other_directions_fail(tmp_path, monkeypatch, dtype):
     ours, theirs, batch = sides(tmp_path, dtype=dtype)
     monkeypatch.setattr(step_engines, "our_normals", other_directions)
