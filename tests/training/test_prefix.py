@@ -209,3 +209,20 @@ def test_families_that_hand_on_more_than_hidden_states_are_told(how, caplog):
     assert len(caplog.records) == 1  # once, not in every step
     plain, _ = estimates(model, causal_lm_loss, lm_batch(4), share_prefix=False)
     assert torch.equal(shared, plain) and not torch.allclose(shared, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("perturb", ["streamed", "in-place"])
+@pytest.mark.parametrize(
+    "where, shared", [("lm_head", True), ("model.layers.2.mlp.up_proj", True), ("model.norm", False)]
+)
+def test_other_trained_parameters_above_the_first_adapter_leave_the_lower_blocks_shared(where, shared, perturb):
+    losses = []
+    for share_prefix in (True, False):
+        model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=[2])
+        model.base_model.model.get_submodule(where).weight.requires_grad_(True)
+        found, opt = estimates(model, lm_loss, lm_batch(4), 3, share_prefix=share_prefix, perturb=perturb)
+        losses.append(found)
+        if share_prefix:
+            assert (opt.prefix.hits, opt.prefix.misses) == ((8, 4) if shared else (0, 0))
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    assert losses[0].std() > 1e-5
