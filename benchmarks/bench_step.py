@@ -1,6 +1,6 @@
 """A whole step: ours, the published way of taking it, and the frozen forwards that it cannot do without.
 
-`-k core` chooses the cases that docs/performance.md states aims for; ADAZETA_BENCH_STEP=grid adds the grid over models,
+`-k core-` chooses the cases that docs/performance.md states aims for; ADAZETA_BENCH_STEP=grid adds the grid over models,
 batch, tokens, queries and dtypes. Models are configurations with random weights (`step_models.py`).
 
 A case first evaluates both implementations at the same theta and the same directions, and fails unless their losses

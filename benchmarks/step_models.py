@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import accelerate
 import torch
 import transformers
 from torch import nn
+
+from adazeta_kernels import fill_normal_
 
 #: Token ids of the mask and of the two label words; a batch's other tokens are above all special ones.
 MASK, WORDS, LOWEST = 10, (11, 12), 16
@@ -71,13 +74,25 @@ MODELS = {
 
 
 def build(name: str, dtype: torch.dtype, device: str = "cpu", little: bool = False, seed: int = 0) -> nn.Module:
-    """Return the model `name` of :data:`MODELS` with its language-model head and random weights, in eval mode."""
+    """Return the model `name` of `MODELS` with its language-model head, random weights of std .02, in eval mode."""
     config = (MODELS[name].little if little else MODELS[name].config)()
     masked = config.model_type == "roberta"
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-    torch.manual_seed(seed)
-    with torch.device(device):
-        return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    # Drawn by our own generator, for the models' initialisation takes longer than many a case.
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=dtype)
+    offset = 0
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape)
+            if values.ndim > 1:
+                fill_normal_(values, seed, offset=offset).mul_(0.02)
+                offset += values.numel()
+            else:
+                values.fill_(key == "weight")  # of a norm, or a bias
+            setattr(module, key, nn.Parameter(values.to(dtype), requires_grad=False))
+    model.tie_weights()
+    return model.to(device).eval()
 
 
 def make_batch(model: nn.Module, examples: int, tokens: int, seed: int = 1) -> dict[str, torch.Tensor]:
