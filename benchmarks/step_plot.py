@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-SIDES = {"published_ms": ("published", ":", "x"), "ours_ms": ("ours", "-", "o"), "floor_ms": ("floor", "--", "")}
+SIDES = {"published_ms": ("published", ":", "x"), "ours_ms": ("ours", "-", "o"), "floor_ms": ("floor", "--", ".")}
 
 
 def draw_step_cost(records: Sequence[Mapping], path: str | Path) -> None:
@@ -50,6 +50,8 @@ def draw_step_cost(records: Sequence[Mapping], path: str | Path) -> None:
 
 def _panel(axes, records, label: str, x: Callable, fixed: Callable, series: Callable) -> None:
     """Draw the records of the value of `fixed` at which `x` takes most values, one colour for each of `series`."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     values: dict[str, set] = {}
     for record in records:
         values.setdefault(fixed(record), set()).add((series(record), x(record)))
@@ -62,12 +64,17 @@ def _panel(axes, records, label: str, x: Callable, fixed: Callable, series: Call
                 [x(record) for record in points],
                 [record[key] for record in points],
                 style,
-                marker=marker or None,
+                marker=marker,
                 markersize=5,
                 color=f"C{index}",
                 label=f"{name}, {side}",
             )
     axes.set(xlabel=label, xscale="log", yscale="log", title=chosen)
+    ticks = sorted({x(record) for record in shown})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7)
