@@ -1,7 +1,7 @@
 """A whole step: ours, the published way of taking it, and the frozen forwards that it cannot do without.
 
-`-k core-` chooses the cases that docs/performance.md states aims for; ADAZETA_BENCH_STEP=grid adds the grid over models,
-batch, tokens, queries and dtypes. Models are configurations with random weights (`step_models.py`).
+`-k core-` chooses the cases that docs/performance.md states aims for; ADAZETA_BENCH_STEP=grid adds the grid over
+models, batch, tokens, queries and dtypes. Models are configurations with random weights (`step_models.py`).
 
 A case first evaluates both implementations at the same theta and the same directions, and fails unless their losses
 agree. `floor` is 2 Q frozen forwards of the batch, one after another, without adapters and without the head, through
