@@ -29,6 +29,7 @@ class TTModel(BaseTuner):
 
     def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None):
         self._theta: dict[str, torch.Tensor] = {}
+        self._layers: dict[str, list[tuple[str, TTLayer]]] = {}  # what tt_layers found; dozens ask in a step
         self._focuses = False
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
@@ -76,6 +77,7 @@ class TTModel(BaseTuner):
             layer.tt_theta[adapter_name].requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+        self._layers.clear()
 
     def _width(self, base_layer: nn.Module, placement: str, key: str) -> int:
         hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
@@ -132,11 +134,13 @@ class TTModel(BaseTuner):
 
     def tt_layers(self, adapter_name: str) -> list[tuple[str, TTLayer]]:
         """Return ``(module name, layer)`` of every layer that holds ``adapter_name``, in the model's module order."""
-        return [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, TTLayer) and adapter_name in module.tt_theta
-        ]
+        if adapter_name not in self._layers:
+            self._layers[adapter_name] = [
+                (name, module)
+                for name, module in self.model.named_modules()
+                if isinstance(module, TTLayer) and adapter_name in module.tt_theta
+            ]
+        return self._layers[adapter_name]
 
     def _parameters_of(self, adapter_name):
         return [layer.tt_theta[adapter_name] for _, layer in self.tt_layers(adapter_name)]
@@ -190,6 +194,7 @@ class TTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._theta.pop(adapter_name, None)
+        self._layers.clear()
 
     def block_list(self, adapter_name: str) -> tuple[str, int] | None:
         """Return the name of the block list and the index of its first adapted block, if all are in one list.
