@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None, debug=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    train = _command(commands, "train", _train, "train an adapter for text classification by label words")
+    train = _command(commands, "train", _train, "train an adapter, by forward passes alone")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
     train.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
     add_options(train, {"run": RUN, **GROUPS})
@@ -214,17 +214,22 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
 
 def _open(arguments):
     """Open what an eval or predict command names; task flags override the run's own task."""
+    from adazeta.base_models import architecture, model_folder
     from adazeta.runs import Classifier, is_run, read_card
-    from adazeta.tasks import LabelWordTask
+    from adazeta.tasks import choose
 
     _quiet()
     given = {option.key for option in TASK if hasattr(arguments, option.key)}
     values = resolve(vars(arguments), [*MODEL[1:], *TASK])
     task = None
     if given:
-        own = read_card(arguments.name)["task"] if is_run(arguments.name) else {}
+        own, base = {}, arguments.name
+        if is_run(arguments.name):
+            card = read_card(arguments.name)
+            own, base = {"task": "label-words", **card["task"]}, card["base_model"]
+            own["task"] = own.pop("kind", own["task"])
         merged = {**values, **{key: value for key, value in own.items() if key not in given}}
-        task = LabelWordTask.from_dict(merged)
+        task = choose(merged, architecture(model_folder(base, say)))
     if values["threads"]:
         import torch
 
@@ -249,6 +254,7 @@ def _eval(arguments) -> int:
         what = f"movies, {arguments.split}"
     else:
         columns = {"text_column": values["text_column"], "label_column": values["label_column"]}
+        columns["choices_column"] = values["choices_column"] if classifier.task.kind == "choice" else None
         examples, what = read_examples(values["data"], labels=labels, **columns), values["data"]
     examples = examples[: arguments.limit]
     with progress_bar(len(examples), "eval", "rows") as bar:
@@ -268,6 +274,12 @@ def _predict(arguments) -> int:
     if not texts or not all(texts):
         raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
     classifier = _open(arguments)
+    if classifier.task.kind == "choice":
+        raise UserError("a run that chooses between candidates needs them: `adazeta eval` takes a file that has them")
+    if classifier.task.kind == "completion":
+        for text, answer in zip(texts, classifier.task.generate(classifier.model, classifier.tokenizer, texts)):
+            print(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) if arguments.json else answer)
+        return 0
     labels = classifier.task.labels
     for text, probabilities in zip(texts, classifier.probabilities(texts)):
         best = max(range(len(labels)), key=probabilities.__getitem__)

@@ -25,14 +25,20 @@ MOVIE_LABELS = ("negative", "positive")
 
 @dataclass(frozen=True)
 class Example:
-    """One text and its label, both as read."""
+    """One text and its label, both as read; ``choices`` are the candidates of multiple choice."""
 
     text: str
     label: str
+    choices: tuple[str, ...] = ()
 
 
 def read_examples(
-    path: str | Path, *, text_column: str = "text", label_column: str = "label", labels: Sequence[str] | None = None
+    path: str | Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    labels: Sequence[str] | None = None,
+    choices_column: str | None = None,
 ) -> list[Example]:
     """Read labelled texts from a file with named columns.
 
@@ -41,6 +47,8 @@ def read_examples(
         text_column: name of the column (key) that holds the text.
         label_column: name of the column (key) that holds the label.
         labels: the labels that may occur; any other is an error. All are accepted by default.
+        choices_column: name of the column (key) that holds an example's candidates: a list, or text with ``|`` between
+            them. None leaves them out.
 
     Raises:
         UserError: no such file, unreadable, empty, a missing column, an empty text, or an unknown label.
@@ -54,14 +62,15 @@ def read_examples(
     examples = []
     try:
         for where, row in readers[path.suffix.lower()](path):
-            for column in (text_column, label_column):
+            for column in filter(None, (text_column, label_column, choices_column)):
                 if column not in row:
                     known = ", ".join(str(name) for name in row if name is not None)
                     raise UserError(
-                        f"{where}: no column {column!r}, found {known or 'none'}: "
-                        "name the columns with --text-column and --label-column"
+                        f"{where}: no column {column!r}, found {known or 'none'}: name the columns with --text-column, "
+                        "--label-column and, for multiple choice, --choices-column"
                     )
-            examples.append(_example(row[text_column], row[label_column], labels, where))
+            choices = _choices(row[choices_column], where) if choices_column else ()
+            examples.append(_example(row[text_column], row[label_column], labels, where, choices))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
     except OSError as error:
@@ -71,15 +80,25 @@ def read_examples(
     return examples
 
 
-def _example(text, label, labels: Sequence[str] | None, where: str) -> Example:
+def _choices(value, where: str) -> tuple[str, ...]:
+    choices = value if isinstance(value, list) else str(value).split("|")
+    choices = tuple(str(choice).strip() for choice in choices)
+    if not all(choices) or len(set(choices)) < len(choices):
+        raise UserError(f"{where}: candidates must be different and not empty, got {list(choices)}")
+    return choices
+
+
+def _example(text, label, labels: Sequence[str] | None, where: str, choices: tuple[str, ...]) -> Example:
     text = "" if text is None else str(text).strip()
     label = "" if label is None else str(label).strip()
     if not text:
         raise UserError(f"{where}: the text is empty: fill it in or remove the row")
     if labels is not None and label not in labels:
         known = ", ".join(repr(name) for name in labels)
-        raise UserError(f"{where}: label {label!r} is not one of {known}: correct the row or set --label-words")
-    return Example(text, label)
+        raise UserError(
+            f"{where}: label {label!r} is not one of {known}: correct the row, or set --label-words or --labels"
+        )
+    return Example(text, label, choices)
 
 
 def _csv_rows(path: Path) -> Iterable[tuple[str, dict]]:
@@ -151,9 +170,10 @@ def load_splits(
     source: str,
     *,
     dev_source: str | None = None,
-    labels: Sequence[str],
+    labels: Sequence[str] | None,
     text_column: str = "text",
     label_column: str = "label",
+    choices_column: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Example]]:
     """Load the splits of a data source by name.
@@ -161,20 +181,28 @@ def load_splits(
     Args:
         source: ``"movies"`` (test 1,000, dev 500, train 8,570 sentences) or a file for :func:`read_examples`.
         dev_source: a file of dev examples; without it a tenth of ``source``, at most 500, is held out.
-        labels: labels that may occur.
+        labels: labels that may occur; None takes all.
+        choices_column: as for :func:`read_examples`.
         say: told what is being fetched.
     """
     if source == "movies":
         from adazeta.assets import movie_file
 
-        unknown = sorted(set(MOVIE_LABELS) - set(labels))
+        if choices_column:
+            raise UserError("the movie sentences have no candidates to choose from: name a file with --data")
+        unknown = sorted(set(MOVIE_LABELS) - set(labels)) if labels is not None else []
         if unknown:
             raise UserError(
                 f"the movie sentences are labelled {' and '.join(MOVIE_LABELS)}, and {unknown[0]!r} has no label word: "
                 "set --label-words negative=...,positive=..."
             )
         return split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
-    columns = {"text_column": text_column, "label_column": label_column, "labels": labels}
+    columns = {
+        "text_column": text_column,
+        "label_column": label_column,
+        "labels": labels,
+        "choices_column": choices_column,
+    }
     examples = read_examples(source, **columns)
     if not dev_source:
         return split_examples(examples, dev=min(500, len(examples) // 10))
@@ -186,15 +214,28 @@ def load_splits(
     return {"train": train, "dev": dev, "test": []}
 
 
-class Prompts(Sequence):
-    """Tokenised prompts with their class index: a map-style dataset of ``{"input_ids", "labels"}`` dicts."""
+def row_tokens(row: dict) -> int:
+    """Return how many tokens long a row is: of multiple choice, its longest candidate with the prompt."""
+    ids = row["input_ids"]
+    return max(map(len, ids)) if isinstance(ids, list) and ids and isinstance(ids[0], list) else len(ids)
 
-    def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[int]):
+
+class Prompts(Sequence):
+    """Tokenised examples, a map-style dataset of dicts.
+
+    Args:
+        input_ids: tokens of each example, or of each of its candidates.
+        labels: a class index each, or for completions the tokens that are scored.
+        targets: the tokens that are scored of each candidate.
+    """
+
+    def __init__(self, input_ids: Sequence[Sequence], labels: Sequence, targets: Sequence[Sequence] | None = None):
         if len(input_ids) != len(labels):
             raise ValueError(f"expected one label per prompt, got {len(input_ids)} prompts and {len(labels)} labels")
         if not input_ids:
             raise UserError("the dataset is empty: give at least one example")
-        self._rows = [{"input_ids": list(ids), "labels": int(label)} for ids, label in zip(input_ids, labels)]
+        columns = {"input_ids": input_ids, "labels": labels, **({} if targets is None else {"targets": targets})}
+        self._rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -204,25 +245,42 @@ class Prompts(Sequence):
 
     def by_length(self) -> Prompts:
         """Return the same rows, longest first: batches then hold little padding, and the first needs most memory."""
-        rows = sorted(self._rows, key=lambda row: len(row["input_ids"]), reverse=True)
-        return Prompts([row["input_ids"] for row in rows], [row["labels"] for row in rows])
+        rows = sorted(self._rows, key=row_tokens, reverse=True)
+        return Prompts(*([row[name] for row in rows] for name in rows[0]))
 
 
 class RightPad:
-    """Collate rows into ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B,), int64, padded on the right."""
+    """Collate rows into int64 tensors, padded on the right.
+
+    ``input_ids`` and ``attention_mask`` become ``[B, T]`` or, of rows with candidates, ``[B, K, T]``; ``labels``
+    ``[B]`` or, where they are tokens, padded with -100, as ``targets`` are. A candidate that is none has one token.
+    """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        import torch
+        batch = {name: _padded([row[name] for row in rows], -100) for name in rows[0] if name != "input_ids"}
+        ids = [row["input_ids"] for row in rows]
+        batch["input_ids"] = _padded(ids, self.pad_token_id)
+        batch["attention_mask"] = _padded(_ones(ids), 0)
+        batch["attention_mask"][..., 0] = 1
+        return batch
 
-        width = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            count = len(row["input_ids"])
-            input_ids[index, :count] = torch.tensor(row["input_ids"], dtype=torch.int64)
-            attention_mask[index, :count] = 1
-        labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+def _ones(value):
+    return [_ones(v) for v in value] if isinstance(value, list) else 1
+
+
+def _padded(values: list, fill: int):
+    """Return nested lists as one int64 tensor, shorter ones filled up."""
+    import torch
+
+    if not isinstance(values[0], list):
+        return torch.tensor(values, dtype=torch.int64)
+    parts = [_padded(v, fill) if v and isinstance(v[0], list) else torch.tensor(v, dtype=torch.int64) for v in values]
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts))]
+    out = torch.full((len(parts), *shape), fill, dtype=torch.int64)
+    for index, part in enumerate(parts):
+        out[(index, *map(slice, part.shape))] = part
+    return out

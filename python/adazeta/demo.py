@@ -31,11 +31,11 @@ def measure_memory(
     from adazeta import ZerothOrder
     from adazeta.training import zo_config
 
-    prompts = classifier.task.encode(classifier.tokenizer, examples).by_length()
+    prompts = classifier.encode(examples).by_length()
     device = next(classifier.model.parameters()).device
     rows = [prompts[index] for index in range(min(len(prompts), settings["batch_size"]))]
     batch = {name: tensor.to(device) for name, tensor in classifier.collator()(rows).items()}
-    loss = classifier.label_words()
+    loss = classifier.loss()
     recorder = _Recorder(loss)
     optimizer = ZerothOrder(classifier.model, **vars(zo_config(settings, preset)))
 

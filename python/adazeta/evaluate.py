@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier by label words, without perturbation."""
+"""Accuracy and loss of a model on examples, without perturbation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +6,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .data import row_tokens
 from .errors import UserError
-from .losses import LabelWords
+
+
+def judge(loss, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return losses ``[B]``, scores ``[B, C]`` and the class ``[B]`` that would be right.
+
+    A loss without ``scores`` (a completion) has two classes, wrong and right, and right is the right one.
+    """
+    if hasattr(loss, "scores"):
+        scores, labels = loss.scores(model, batch), batch["labels"]
+        return F.cross_entropy(scores, labels, reduction="none"), scores, labels
+    losses, right = loss.judge(model, batch)
+    return losses, F.one_hot(right.long(), 2).float(), torch.ones_like(right, dtype=torch.long)
 
 
 @torch.no_grad()
-def evaluate_classification(
+def evaluate(
     model: torch.nn.Module,
-    label_words: LabelWords,
+    loss,
     dataset: Sequence[dict[str, Any]],
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     batch_size: int = 32,
@@ -24,15 +36,17 @@ def evaluate_classification(
     Examples are evaluated in order of their length, so that little padding is computed.
 
     Args:
-        model: a causal language model, with or without adapters.
-        label_words: the scores.
+        model: with or without adapters.
+        loss: one of :mod:`adazeta.losses` with ``scores`` or ``judge``.
         dataset: examples with ``input_ids`` and ``labels``.
         collate: makes a batch of a list of examples.
         batch_size: examples per forward.
         progress: called with the number of examples done since the last call.
 
     Returns:
-        ``accuracy`` and ``loss`` (floats), ``predictions`` (class indices) and ``probabilities`` (list of lists).
+        ``accuracy`` and ``loss`` (floats), ``predictions`` (class indices) and ``probabilities`` (list of lists). The
+        predictions of a completion are 1 where every token of the answer is the likeliest, that is where greedy
+        generation gives the answer, else 0.
 
     Raises:
         UserError: empty dataset.
@@ -41,20 +55,21 @@ def evaluate_classification(
         raise UserError("the dataset to evaluate on is empty")
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
-    scores = torch.empty(len(dataset), len(label_words.words))
-    labels = torch.empty(len(dataset), dtype=torch.long)
+    order = sorted(range(len(dataset)), key=lambda i: row_tokens(dataset[i]))
+    found = []
     for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        batch = {k: v.to(device) for k, v in collate([dataset[i] for i in indices]).items()}
-        scores[indices] = label_words.scores(model, batch).cpu()
-        labels[indices] = batch["labels"].cpu()
+        rows = [dataset[i] for i in order[first : first + batch_size]]
+        batch = {k: v.to(device) for k, v in collate(rows).items()}
+        found.append([tensor.cpu() for tensor in judge(loss, model, batch)])
         if progress is not None:
-            progress(len(indices))
+            progress(len(rows))
+    back = torch.empty(len(order), dtype=torch.long)
+    back[order] = torch.arange(len(order))
+    losses, scores, labels = (torch.cat(parts)[back] for parts in zip(*found))
     predictions = scores.argmax(1)
     return {
         "accuracy": float((predictions == labels).float().mean()),
-        "loss": float(F.cross_entropy(scores, labels)),
+        "loss": float(losses.mean()),
         "predictions": predictions.tolist(),
         "probabilities": scores.softmax(1).tolist(),
     }

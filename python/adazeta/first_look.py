@@ -1,7 +1,8 @@
 """Looked at once, at an optimizer's first estimate: whether what saves work changes the losses of this model."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class FirstLook:
         *,
         eps: float,
         others: InPlace | Streamed | None,
+        heads: Sequence[nn.Module],
         planner: Planner,
         **settings,
     ) -> None:
@@ -104,7 +106,7 @@ class FirstLook:
             batch: the examples.
             loss_fn: maps an expanded batch to one loss per row.
             eps: distance of a probe.
-            others, planner, settings: as for ``evaluate_probes``.
+            others, heads, planner, settings: as for ``evaluate_probes``.
 
         Raises:
             ValueError: a streamed parameter's stored value is read, which is not perturbed.
@@ -113,8 +115,9 @@ class FirstLook:
             return
         if isinstance(others, Streamed):
             check_streamed(others, batch, loss_fn, eps=eps)
-        if others is None and planner.probes_per_forward != 1:
-            mix = rows_mix(model, batch, loss_fn, eps=eps, **settings)
+        if (others is None or heads) and planner.probes_per_forward != 1:
+            with others or nullcontext():
+                mix = rows_mix(model, batch, loss_fn, eps=eps, others=others, heads=heads, **settings)
             if mix is None:
                 return
             self.rows_mix = mix

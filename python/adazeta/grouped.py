@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .data import row_tokens
+
 
 def real_length(row: Mapping[str, Any]) -> int:
     """Return the tokens of an example, without those that its own attention mask leaves out."""
-    return int(sum(row["attention_mask"])) if row.get("attention_mask") is not None else len(row["input_ids"])
+    return int(sum(row["attention_mask"])) if row.get("attention_mask") is not None else row_tokens(row)
 
 
 class LengthGrouped:

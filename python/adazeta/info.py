@@ -67,13 +67,13 @@ def _describe_run(folder: Path) -> str:
         ) from error
     sites = Counter(name.split(".")[-2] for name in names if name.endswith(".tt_theta"))
     task = card["task"]
-    words = ", ".join(f"{label} ->{word}" for label, word in task["label_words"].items())
     lines = [
         ("run", str(folder)),
         ("base model", card["base_model"]),
         ("preset, seed", f"{card.get('preset')}, {card.get('settings', {}).get('seed')}"),
+        ("task", task.get("kind", "label-words")),
         ("template", repr(task["template"])),
-        ("label words", words),
+        *_answers(task),
         ("adapter", f"{size['numbers']:,} numbers in {size['tensors']} tensors, {size['file_bytes']:,} bytes"),
         ("sites", ", ".join(f"{count} x {module}" for module, count in sorted(sites.items()))),
         ("rank, bottleneck", f"{adapter.get('rank')}, {adapter.get('bottleneck')}"),
@@ -89,6 +89,13 @@ def _describe_run(folder: Path) -> str:
         rows = [(name, summary[name]["before"], summary[name]["after"]) for name in measured]
         text += "\n\n" + before_after(rows) if rows else ""
     return text
+
+
+def _answers(task: dict) -> list[tuple[str, str]]:
+    """Return the line that says what a model of this task answers with."""
+    if "label_words" in task:
+        return [("label words", ", ".join(f"{label} ->{word}" for label, word in task["label_words"].items()))]
+    return [("labels", ", ".join(task["labels"]))] if "labels" in task else []
 
 
 def _shapes(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from .probe_tokens import CopiedPrompts, focused, last_real_token
 from .scoring import (
     aligned,
     kind_of,
+    label_logits,
     language_model,
     scored_logits,
     sum_by_row,
@@ -34,21 +35,42 @@ def refuse_last(model: nn.Module, what: str) -> None:
         )
 
 
-def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the mean cross entropy of every row over its scored tokens, ``[B]`` float32.
+class Completion:
+    """The mean cross entropy of every row over its scored tokens.
 
     ``batch`` holds input_ids, attention_mask and labels with -100 at positions that are not scored, as for the
     ``transformers`` models with a language-model head: causal (completions), masked, or encoder-decoder.
-
-    Raises:
-        ValueError: a row without any scored token, or adapters with ``positions="last"``.
     """
-    refuse_last(model, "completions")
-    log_p, rows = token_log_probs(model, batch)
-    counts = sum_by_row(torch.ones_like(log_p), rows, len(batch["labels"]))
-    if not bool(counts.all()):
-        raise ValueError("every row needs at least one label that is not -100 and, in a causal model, not the first")
-    return -sum_by_row(log_p, rows, len(counts)) / counts
+
+    rows_per_example = 1
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B]`` float32 losses.
+
+        Raises:
+            ValueError: a row without any scored token, or adapters with ``positions="last"``.
+        """
+        return self._of(model, batch)[0]
+
+    def judge(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses and whether all scored tokens of a row are the likeliest ones, ``[B]`` each."""
+        losses, logits, labels, rows = self._of(model, batch)
+        wrong = sum_by_row((logits.argmax(-1) != labels).float(), rows, len(losses))
+        return losses, wrong == 0
+
+    def _of(self, model, batch):
+        refuse_last(model, "completions")
+        logits, labels, rows = label_logits(model, batch)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        counts = sum_by_row(torch.ones_like(losses), rows, len(batch["labels"]))
+        if not bool(counts.all()):
+            raise ValueError("every row needs at least one label that is not -100, in a causal model behind the first")
+        return sum_by_row(losses, rows, len(counts)) / counts, logits, labels, rows
+
+
+def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the mean cross entropy of every row over its scored tokens, ``[B]`` float32: :class:`Completion`."""
+    return Completion()(model, batch)
 
 
 causal_lm_loss = lm_loss  # its name when it took causal models only
@@ -149,7 +171,7 @@ class LabelWords(_Words):
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(copies)
         columns = torch.arange(length - copies, length, device=ids.device).repeat(len(ids))
         with real_tokens(batch["attention_mask"], copies):
-            logits = scored_logits(model, {**inputs, "use_cache": False}, rows, columns, self._first_tokens(ids.device))
+            logits = scored_logits(model, inputs, rows, columns, self._first_tokens(ids.device))
         labels = batch["labels"].repeat_interleave(copies)
         return F.cross_entropy(logits, labels, reduction="none").view(-1, copies)
 

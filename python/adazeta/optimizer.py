@@ -188,7 +188,8 @@ class ZerothOrder(torch.optim.Optimizer):
             "planner": self.planner,
         }
         losses_of, look = partial(loss_fn, self.model), self._first_look
-        look(self.model, batch, losses_of, eps=self.eps, others=others, **settings)
+        further = {"others": others, "heads": self._others.heads(self.model)}
+        look(self.model, batch, losses_of, eps=self.eps, **further, **settings)
         shared = self.prefix.shared() if self.prefix is not None and not look.rows_mix else nullcontext()
         with self.tokens.counting(self.model), shared, others or nullcontext():
             if others is None and not look.rows_mix and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
@@ -196,7 +197,7 @@ class ZerothOrder(torch.optim.Optimizer):
             else:
                 if look.rows_mix:
                     self.planner.probes_per_forward = 1
-                losses = evaluate_probes(plan, batch, losses_of, others=others, **settings)
+                losses = evaluate_probes(plan, batch, losses_of, **further, **settings)
                 rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
         self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))
         self._seeds_used += len(seeds)

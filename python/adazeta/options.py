@@ -81,6 +81,11 @@ def names(value) -> str | list[str]:
     return value if value in ("paper", "published", "mlp") else [name.strip() for name in str(value).split(",")]
 
 
+def listed(value) -> list[str]:
+    """Read values separated by commas."""
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",")]
+
+
 def layers(value) -> str | list[int]:
     """Read ``middle``, or integers separated by commas, ranges ``a-b`` included."""
     if value == "middle":
@@ -205,15 +210,32 @@ DATA = [
     Option("data", str, "'movies', or a .csv, .tsv or .jsonl file of labelled texts", "movies"),
     Option("text-column", str, "column (key) that holds the text", "text"),
     Option("label-column", str, "column (key) that holds the label", "label"),
+    Option("choices-column", str, "column (key) with the candidates of a choice: a list, or a|b|c", "choices"),
 ]
 TASK = [
-    Option("template", escaped, r"prompt, with {text} once; \n is a newline", "Review: {text}\nSentiment:"),
+    Option(
+        "task",
+        str,
+        "what is learned: label-words, head (classes by a head that trains too), choice (between candidates of each "
+        "example) or completion (the label is the answer); auto: label-words where the model has a language-model head",
+        "auto",
+        choices=("auto", "label-words", "head", "choice", "completion"),
+    ),
+    Option(
+        "template",
+        escaped,
+        r"prompt, with {text} once, and {mask} where a masked model fills the word in; \n is a newline",
+        shown=r"'Review: {text}\nSentiment:' for label words of causal models, with {mask} of others; else '{text}'",
+    ),
     Option(
         "label-words",
         label_words,
         "class labels and the words the model answers with, label=word,label=word; a space goes before each word",
         {"negative": " negative", "positive": " positive"},
     ),
+    Option("labels", listed, "class labels of a head, separated by commas", shown="those in the data, sorted"),
+    Option("pooling", str, "head: own (the model's) or mean (of the hidden states)", "own", choices=("own", "mean")),
+    Option("normalize", boolean, "choice: divide a candidate's log likelihood by its number of tokens", True),
     Option("max-tokens", positive, "longest prompt, in tokens; longer texts lose their end", 256),
 ]
 ADAPTER = [

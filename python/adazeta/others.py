@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .in_place import InPlace
+from .split_heads import heads_of
 from .streamed import Streamed
 from .tuner import TTModel
 
@@ -61,6 +62,10 @@ class Others:
         if self.way == "streamed":
             return Streamed(model, self.named, offset=offset, distribution=distribution)
         return InPlace([p.data for p in self.named.values()], offset=offset, distribution=distribution)
+
+    def heads(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules that may run probe by probe inside one forward, if they hold all of the parameters."""
+        return heads_of(model, self.named) if self.named and self.way == "streamed" else []
 
 
 def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:

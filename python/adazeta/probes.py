@@ -5,7 +5,7 @@ build the perturbed factors while the batch passes, and ``theta`` is never writt
 probe at a time: made as they are read (``adazeta.streamed``), or written in place (``adazeta.in_place``).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from .factors import FactorGroups
 from .in_place import InPlace
 from .planner import Planner
+from .split_heads import probe_by_probe
 from .streamed import Streamed
 
 
@@ -107,11 +108,11 @@ def probes_per_forward(plan: Plan, batch: Mapping[str, Any], planner: Planner) -
 
 
 def tokens_of(batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the length of the batch's sequences, 1 where there are none, and the type of their device."""
+    """Return the tokens of an example, of multiple choice with all its candidates, and the type of their device."""
     tensor = next((batch[k] for k in ("input_ids", "inputs_embeds", "attention_mask") if k in batch), None)
     if tensor is None:
         tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
-    return (tensor.shape[1] if tensor.ndim > 1 else 1), tensor.device.type
+    return tensor.shape[1:].numel(), tensor.device.type
 
 
 @contextmanager
@@ -140,6 +141,7 @@ def evaluate_probes(
     tt_model=None,
     adapter: str = "default",
     others: InPlace | Streamed | None = None,
+    heads: Sequence[torch.nn.Module] = (),
     distribution: str = "gaussian",
     planner: Planner | None = None,
 ) -> torch.Tensor:
@@ -150,7 +152,8 @@ def evaluate_probes(
         batch: the B examples, tensors with examples in dimension 0.
         loss_fn: maps an expanded batch to one loss per row.
         tt_model: the ``TTModel`` whose adapter ``adapter`` is perturbed virtually, or None.
-        others: further parameters, inside its ``with`` statement; a forward then has one probe.
+        others: further parameters, inside its ``with`` statement; a forward then has one probe, unless there are
+        heads: modules that hold all of them (:func:`adazeta.split_heads.heads_of`).
         planner: says how many probes share a forward; by default the number of tokens does.
 
     Raises:
@@ -162,9 +165,11 @@ def evaluate_probes(
         chunk = [plan.probe(i) for i in range(first, last)]
         rows = torch.tensor([row for _, _, rows in chunk for row in rows])
         seeds, scales = [seed for seed, _, _ in chunk], [scale for _, scale, _ in chunk]
-        if others is not None:
+        if others is not None and not heads:
             others.move_to(seeds[0], scales[0])
         with ExitStack() as stack:
+            if heads:
+                stack.enter_context(probe_by_probe(heads, others, list(zip(seeds, scales))))
             if tt_model is not None:
                 stack.enter_context(probing(tt_model, Probes.of(seeds, scales, adapter, distribution)))
             loss = loss_fn(take_rows(batch, rows))
@@ -178,7 +183,7 @@ def evaluate_probes(
     losses: list[torch.Tensor] = []
     first, tokens = 0, plan.rows_per_probe * tokens_of(batch)[0]
     while first < len(plan):
-        count = 1 if others is not None else probes_per_forward(plan, batch, planner)
+        count = 1 if others is not None and not heads else probes_per_forward(plan, batch, planner)
         last = min(first + count, len(plan))
         losses += planner.run(forward, first, last, tokens)
         first = last

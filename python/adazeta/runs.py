@@ -11,17 +11,18 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adazeta import __version__
+from adazeta.base_models import Say, architecture, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.files import disk_errors, write_text
 from adazeta.options import plain
-from adazeta.tasks import LabelWordTask
+from adazeta.tasks import Task, choose, from_dict, to_dict
 
 CARD, ADAPTER, METRICS, SUMMARY, CURVES = (
     "adazeta.json",
@@ -30,7 +31,6 @@ CARD, ADAPTER, METRICS, SUMMARY, CURVES = (
     "summary.json",
     "curves.png",
 )
-Say = Callable[[str], None]
 
 
 def read_json(path: Path) -> dict:
@@ -74,56 +74,6 @@ def read_card(folder: str | Path) -> dict:
     return card
 
 
-def model_folder(name: str, say: Say = lambda line: None) -> Path:
-    """Return the folder of a base model: ``smollm2`` is fetched, anything else must be a folder with config.json."""
-    from adazeta import assets
-
-    if name == assets.MODEL_NAME and not Path(name).is_dir():
-        return assets.model_dir(say)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"no such model folder: {name}; give a folder with config.json and weights, or '{assets.MODEL_NAME}'"
-        )
-    if not (folder / "config.json").is_file():
-        hint = "; it is a run: `adazeta info` shows its base model" if is_run(folder) else ""
-        raise UserError(f"{name} is not a model folder (no config.json){hint}")
-    return folder
-
-
-def load_base(name: str, *, dtype: str = "float32", say: Say = lambda line: None):
-    """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
-
-    ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16.
-
-    Raises:
-        UserError: not a model folder, weights that cannot be read, or weights that are not finite.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from adazeta.frozen import mix
-
-    folder = model_folder(name, say)
-    stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} cannot be loaded as a causal language model: {reason}") from error
-    for parameter_name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False).eval()
-    if dtype == "mixed":
-        mix(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
 def attach_adapter(model, folder: str | Path):
     """Return ``model`` with the trained adapter of a run or PEFT folder, frozen and in evaluation mode.
 
@@ -155,21 +105,21 @@ def attach_adapter(model, folder: str | Path):
     return adapted.eval()
 
 
-def task_from(stored: dict, where: str | Path) -> LabelWordTask:
+def task_from(stored: dict, where: str | Path) -> Task:
     """Return the task that a card or a journal describes; ``UserError`` names ``where`` if it does not."""
     try:
-        return LabelWordTask.from_dict(stored)
+        return from_dict(stored)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged (task: {error}): train again") from error
 
 
 @dataclass
 class Classifier:
-    """A model that answers with label words: the adapted or plain model, its tokenizer and the task."""
+    """A model that answers: the adapted or plain model, its tokenizer and the task."""
 
     model: Any
     tokenizer: Any
-    task: LabelWordTask
+    task: Task
     card: dict
 
     @classmethod
@@ -177,7 +127,7 @@ class Classifier:
         cls,
         name: str,
         *,
-        task: LabelWordTask | None = None,
+        task: Task | None = None,
         dtype: str | None = None,
         journal: str | None = None,
         say: Say = lambda line: None,
@@ -188,21 +138,24 @@ class Classifier:
         one it was trained for, if no other is given.
         """
         if journal is not None:
-            from adazeta.journal_tools import adapter_from_journal
+            from adazeta.journal import read
+            from adazeta.journal_tools import adapter_from_journal, journal_path
 
             base = read_card(name)["base_model"] if is_run(name) else name
-            model, tokenizer = load_base(base, dtype=dtype or "float32", say=say)
-            model, about = adapter_from_journal(model, journal)
-            stored = about.get("task")
-            own = task_from(stored, journal) if stored else LabelWordTask()
-            return cls(model, tokenizer, task or own, {"base_model": str(base)})
+            stored = read(journal_path(journal), repair=True).header["about"].get("task")
+            task = task or (task_from(stored, journal) if stored else default_task(base, say))
+            model, tokenizer = load_base(base, task=task, dtype=dtype or "float32", say=say)
+            model, _ = adapter_from_journal(model, journal)
+            return cls(model, tokenizer, task, {"base_model": str(base)})
         if is_run(name):
             card = read_card(name)
-            model, tokenizer = load_base(card["base_model"], dtype=dtype or card.get("dtype", "float32"), say=say)
-            own = task_from(card["task"], Path(name) / CARD)
-            return cls(attach_adapter(model, name), tokenizer, task or own, card)
-        model, tokenizer = load_base(name, dtype=dtype or "float32", say=say)
-        return cls(model, tokenizer, task or LabelWordTask(), {"base_model": str(name)})
+            task = task or task_from(card["task"], Path(name) / CARD)
+            dtype = dtype or card.get("dtype", "float32")
+            model, tokenizer = load_base(card["base_model"], task=task, dtype=dtype, say=say)
+            return cls(attach_adapter(model, name), tokenizer, task, card)
+        task = task or default_task(name, say)
+        model, tokenizer = load_base(name, task=task, dtype=dtype or "float32", say=say)
+        return cls(model, tokenizer, task, {"base_model": str(name)})
 
     def collator(self):
         """Return the collator for this tokenizer's padding token."""
@@ -210,19 +163,22 @@ class Classifier:
 
         return RightPad(self.tokenizer.pad_token_id or 0)
 
-    def label_words(self):
-        """Return the fp32 loss per row for the task's words."""
+    def loss(self):
+        """Return the task's fp32 loss per row."""
         try:
-            return self.task.loss(self.tokenizer)
+            return self.task.loss(self.model, self.tokenizer)
         except ValueError as error:
-            raise UserError(f"label words: {error}") from error
+            raise UserError(f"task {self.task.kind}: {error}") from error
+
+    def encode(self, examples: Sequence):
+        """Return the examples as rows of tokens, encoded once."""
+        return self.task.encode(self.tokenizer, examples, seq2seq=self.model.config.is_encoder_decoder)
 
     def evaluate(self, examples: Sequence, *, batch_size: int = 32, progress=None) -> dict:
         """Return accuracy, mean loss, predictions and probabilities on labelled examples."""
-        from adazeta.evaluate import evaluate_classification
+        from adazeta.evaluate import evaluate
 
-        prompts = self.task.encode(self.tokenizer, examples)
-        return evaluate_classification(self.model, self.label_words(), prompts, self.collator(), batch_size, progress)
+        return evaluate(self.model, self.loss(), self.encode(examples), self.collator(), batch_size, progress)
 
     def probabilities(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[float]]:
         """Return the probability of every class for every text."""
@@ -230,6 +186,18 @@ class Classifier:
 
         examples = [Example(text, self.task.labels[0]) for text in texts]
         return self.evaluate(examples, batch_size=batch_size)["probabilities"]
+
+
+def default_task(base: str, say: Say = lambda line: None) -> Task:
+    """Return the task of a base model of which nothing else is known: sentiment by label words.
+
+    Raises:
+        UserError: the model has no language-model head.
+    """
+    kind = architecture(model_folder(base, say))
+    if kind in ("head", "encoder"):
+        raise UserError(f"{base} has no language-model head: train a classification head on it with `adazeta train`")
+    return choose({}, kind)
 
 
 @contextmanager
@@ -348,7 +316,7 @@ def close_partial(partial: Path, output: str | Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def card_of(settings: Mapping[str, Any], task: LabelWordTask, preset: str) -> dict:
+def card_of(settings: Mapping[str, Any], task: Task, preset: str) -> dict:
     """Return the card of a run: what another process needs to use the adapter, and what made it."""
     base = settings["model"]
     return {
@@ -356,7 +324,7 @@ def card_of(settings: Mapping[str, Any], task: LabelWordTask, preset: str) -> di
         "adazeta": __version__,
         "base_model": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "dtype": settings["dtype"],
-        "task": task.to_dict(),
+        "task": to_dict(task),
         "preset": preset,
         "settings": {key: plain(value) for key, value in settings.items()},
     }

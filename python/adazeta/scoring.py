@@ -127,8 +127,8 @@ def scored_logits(
     return logits if few or words is None else logits[:, words]
 
 
-def token_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``log p`` of every label that is not -100 and the row it belongs to, ``[N]`` float32 and ``[N]`` int64.
+def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the logits at every label that is not -100, the label, and its row: ``[N, V]``, ``[N]``, ``[N]``.
 
     Labels are as for ``transformers`` models: those of a causal model are predicted one position earlier, those of a
     masked one where they stand; an encoder-decoder model's are the decoder's outputs, and its ``decoder_input_ids`` are
@@ -146,8 +146,13 @@ def token_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.T
     if kind == "causal":
         labels = labels[:, 1:]
     rows, columns = (labels != -100).nonzero(as_tuple=True)
-    logits = scored_logits(model, batch, rows, columns)
-    return -F.cross_entropy(logits, labels[rows, columns], reduction="none"), rows
+    return scored_logits(model, batch, rows, columns), labels[rows, columns], rows
+
+
+def token_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``log p`` of every label that :func:`label_logits` scores, float32, and its row: ``[N]`` each."""
+    logits, labels, rows = label_logits(model, batch)
+    return -F.cross_entropy(logits, labels, reduction="none"), rows
 
 
 def sum_by_row(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:

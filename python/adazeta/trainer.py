@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from .config import ZOConfig
 from .errors import UserError
+from .evaluate import judge
 from .files import make_folder
 from .grouped import EpochOfSampler, LengthGrouped, real_length
 from .journal import NAME as JOURNAL_NAME
@@ -158,12 +159,10 @@ class ZOTrainer(Trainer):
         model.eval()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            if not hasattr(self.loss, "scores"):
+            if not hasattr(self.loss, "scores") and not hasattr(self.loss, "judge"):
                 return self.loss(model, inputs).mean(), None, None
-            scores = self.loss.scores(model, inputs)
-        labels = inputs["labels"]
-        loss = torch.nn.functional.cross_entropy(scores, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
+            losses, scores, labels = judge(self.loss, model, inputs)
+        return losses.mean(), *((None, None) if prediction_loss_only else (scores, labels))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.optimizer is not None:

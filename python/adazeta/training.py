@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adazeta.base_models import architecture, load_base, model_folder
 from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.files import disk_errors
@@ -23,12 +24,11 @@ from adazeta.runs import (
     Classifier,
     card_of,
     close_partial,
-    load_base,
     open_partial,
     resume_from,
     write_json,
 )
-from adazeta.tasks import LabelWordTask
+from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose, to_dict
 
 
 class Interrupted(Exception):
@@ -54,9 +54,55 @@ class Outcome:
     dev: dict[str, float]
 
 
-def task_of(settings: Mapping[str, Any]) -> LabelWordTask:
-    """Return the task that the settings describe."""
-    return LabelWordTask(settings["template"], settings["label_words"], settings["max_tokens"])
+def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]:
+    """Return the settings with ``task`` and ``positions`` as the base model allows.
+
+    Raises:
+        UserError: no such model.
+    """
+    kind = architecture(model_folder(settings["model"], say))
+    settings = dict(settings)
+    task = choose({**settings, "labels": settings["labels"] or "01"}, kind)  # those of the data are not known yet
+    settings["task"] = task.kind
+    if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
+        say(f"adapters act on all positions: task {settings['task']} of a {kind} model does not score the last alone")
+        settings["positions"] = "all"
+    return settings
+
+
+def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[str, list[Example]], dict[str, Any]]:
+    """Return the splits of settled settings, and the settings with what a task takes from its data.
+
+    Raises:
+        UserError: data that cannot be read, or one class only.
+    """
+    from adazeta.data import load_splits
+
+    task = settings["task"]
+    labels = list(settings["label_words"]) if task == LabelWordTask.kind else None
+    splits = load_splits(
+        settings["data"],
+        dev_source=settings["dev_data"],
+        labels=settings["labels"] if task == HeadTask.kind else labels,
+        text_column=settings["text_column"],
+        label_column=settings["label_column"],
+        choices_column=settings["choices_column"] if task == ChoiceTask.kind else None,
+        say=say,
+    )
+    examples = [example for split in splits.values() for example in split]
+    settings = dict(settings)
+    if task == HeadTask.kind and settings["labels"] is None:
+        settings["labels"] = sorted({example.label for example in examples})
+        if len(settings["labels"]) < 2:
+            raise UserError(f"a classifier needs two labels or more, {settings['data']} has only {settings['labels']}")
+    if task == ChoiceTask.kind:
+        settings["candidates"] = max(len(example.choices) for example in examples)
+    return splits, settings
+
+
+def task_of(settings: Mapping[str, Any], say=lambda line: None) -> Task:
+    """Return the task that settled settings describe."""
+    return choose(settings, architecture(model_folder(settings["model"], say)))
 
 
 def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
@@ -68,19 +114,25 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
     import peft
 
     from adazeta import TTConfig
+    from adazeta.heads import head_modules
 
-    task = task_of(settings)
-    base, tokenizer = load_base(settings["model"], dtype=settings["dtype"], say=say)
+    task = task_of(settings, say)
+    base, tokenizer = load_base(settings["model"], task=task, dtype=settings["dtype"], say=say)
     keywords = section("tt", settings, preset)
     if settings["init_seed"] is None:
         keywords["init_seed"] = settings["seed"]
     try:
-        model = peft.get_peft_model(base, TTConfig(task_type="CAUSAL_LM", **keywords))
+        if task.kind == HeadTask.kind:
+            keywords["modules_to_save"] = head_modules(base)
+        elif base.can_generate():
+            keywords["task_type"] = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+        model = peft.get_peft_model(base, TTConfig(**keywords))
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
     settings = {**settings, "gemm": _pack(model, settings["gemm"], say)}
     classifier = Classifier(model, tokenizer, task, card_of(settings, task, preset))
-    if keywords.get("positions") == "last" and classifier.label_words().rows_per_example > 1:
+    loss = classifier.loss()  # checks that the task fits the model
+    if keywords.get("positions") == "last" and loss.rows_per_example > 1:
         raise UserError(
             f"the label words {list(task.words)} have several tokens, and adapters on the last token score one: "
             "choose other --label-words, or add --positions all"
@@ -172,10 +224,10 @@ def fit(
         def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
             write_json(folder / CARD, classifier.card)
 
-    prompts = classifier.task.encode(classifier.tokenizer, splits["train"])
+    prompts = classifier.encode(splits["train"])
     dev = []
     if splits["dev"]:
-        dev = classifier.task.encode(classifier.tokenizer, splits["dev"]).by_length()
+        dev = classifier.encode(splits["dev"]).by_length()
     checkpoint = resume_from(folder, say) if resume and (folder / JOURNAL).is_file() else None
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
@@ -184,14 +236,14 @@ def fit(
             model=classifier.model,
             args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint),
             zo=zo_config(settings, preset),
-            loss=classifier.label_words(),
+            loss=classifier.loss(),
             train_dataset=prompts,
             eval_dataset=dev or None,
             data_collator=classifier.collator(),
             compute_metrics=accuracy,
             callbacks=[Card(), metrics, Bar(), limits],
             journal="resume" if resume else True,
-            identity={"data_sha256": json_sha256([[e.text, e.label] for e in splits["train"]])},
+            identity={"data_sha256": json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]])},
             about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
             fsync_every=settings["fsync_every"],
         )
@@ -274,16 +326,7 @@ def train(
         UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
-    from adazeta.data import load_splits
-
-    splits = load_splits(
-        settings["data"],
-        dev_source=settings["dev_data"],
-        labels=task_of(settings).labels,
-        text_column=settings["text_column"],
-        label_column=settings["label_column"],
-        say=say,
-    )
+    splits, settings = load_data(settle(settings, say), say)
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
     with open_partial(output, resume=resume, overwrite=overwrite) as partial:
         return _train(settings, preset, splits, output, partial, resume=resume, test=test, say=say)
@@ -324,7 +367,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     if memory:
         memory["training_bytes"] = outcome.peak_bytes - model_bytes
     summary = {
-        "task": classifier.task.to_dict(),
+        "task": to_dict(classifier.task),
         "base_model": classifier.card["base_model"],
         "preset": preset,
         "frozen": {key: classifier.card["settings"][key] for key in ("dtype", "gemm")},
@@ -379,6 +422,9 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _shown(classifier: Classifier, examples: Sequence, measured: Mapping[str, Mapping[str, Any]]) -> list[dict]:
     """Pick sentences by rule, not by taste: the first three whose answer changed, then the first two that did not."""
+    labels = classifier.task.labels
+    if labels is None:  # answers, not classes
+        return []
     before, after = measured["before"], measured["after"]
     pairs = list(zip(before["predictions"], after["predictions"]))
     changed = [index for index, (old, new) in enumerate(pairs) if old != new][:3]
@@ -387,7 +433,7 @@ def _shown(classifier: Classifier, examples: Sequence, measured: Mapping[str, Ma
     def answer(result, index):
         prediction = result["predictions"][index]
         return {
-            "label": classifier.task.labels[prediction],
+            "label": labels[prediction],
             "probability": result["probabilities"][index][prediction],
         }
 

@@ -7,7 +7,7 @@ from tiny import lm_batch, tiny_llama
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from adazeta.errors import UserError
-from adazeta.evaluate import evaluate_classification
+from adazeta.evaluate import evaluate
 from adazeta.losses import LabelWords, lm_loss
 from adazeta.scoring import aligned, scored_logits
 
@@ -146,13 +146,13 @@ def test_evaluate_keeps_the_order_of_the_dataset():
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e["labels"] for e in examples])}
 
     words, done = LabelWords(Words(), ["good", "bad"]), []
-    result = evaluate_classification(model, words, data, collate, batch_size=3, progress=done.append)
+    result = evaluate(model, words, data, collate, batch_size=3, progress=done.append)
     with torch.no_grad():
         scores = words.scores(model, collate(data))
     assert result["predictions"] == scores.argmax(1).tolist() and sum(done) == 7
     assert result["loss"] == pytest.approx(float(F.cross_entropy(scores, batch["labels"])), abs=1e-5)
     with pytest.raises(UserError, match="empty"):
-        evaluate_classification(model, words, [], collate)
+        evaluate(model, words, [], collate)
 
 
 @pytest.mark.parametrize(

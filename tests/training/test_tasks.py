@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from adazeta.data import Example
 from adazeta.errors import UserError
-from adazeta.tasks import LabelWordTask
+from adazeta.tasks import LabelWordTask, from_dict, to_dict
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def test_prompt_keeps_other_braces():
 def test_labels_and_words_keep_their_order():
     task = LabelWordTask(label_words={"2": " good", "1": " bad"})
     assert (task.labels, task.words) == (("2", "1"), (" good", " bad"))
-    assert LabelWordTask.from_dict(task.to_dict()) == task
+    assert from_dict(to_dict(task)) == task
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
-"""Text classification by label words: the model reads a prompt, and the word it would say next is the class."""
+"""Text classification by label words: the model reads a prompt, and the word it would say is the class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from adazeta.data import Example, Prompts
 from adazeta.errors import UserError
+from adazeta.tasks.prompts import MASK, SENTINEL, check_template, class_indices, encode_prompts, fill
 
 DEFAULT_TEMPLATE = "Review: {text}\nSentiment:"
+#: For models that fill in a word: masked language models and encoder-decoders.
+MASK_TEMPLATE = "Review: {text} Sentiment: {mask}."
 DEFAULT_LABEL_WORDS = {"negative": " negative", "positive": " positive"}
 
 
@@ -16,11 +20,12 @@ DEFAULT_LABEL_WORDS = {"negative": " negative", "positive": " positive"}
 class LabelWordTask:
     """A prompt template and one word per class.
 
-    Class ``c`` has probability ``softmax_c(sum_t log p(word_c[t] | prompt, word_c[:t]))``: a word may have several
-    tokens, and prompts end where the word begins.
+    Class ``c`` has probability ``softmax_c(sum_t log p(word_c[t] | prompt, word_c[:t]))``. A causal model says the word
+    behind the prompt; a masked model fills it in at ``{mask}``, where it must be one token; an encoder-decoder model
+    answers with it, behind its sentinel where the template has ``{mask}``.
 
     Args:
-        template: the prompt, with ``{text}`` once; other braces are left as they are.
+        template: the prompt, with ``{text}`` once and ``{mask}`` as the model needs it; other braces are left.
         label_words: ``{label in the data: word as it follows the prompt}``, at least two, in class order. Most
             tokenizers want the space before the word to be part of it.
         max_tokens: longest prompt in tokens; a longer text loses its end, the template never does.
@@ -29,12 +34,12 @@ class LabelWordTask:
     template: str = DEFAULT_TEMPLATE
     label_words: tuple[tuple[str, str], ...] = tuple(DEFAULT_LABEL_WORDS.items())
     max_tokens: int = 256
+    kind: ClassVar[str] = "label-words"
 
     def __post_init__(self):
         if isinstance(self.label_words, dict):
             object.__setattr__(self, "label_words", tuple(self.label_words.items()))
-        if self.template.count("{text}") != 1:
-            raise UserError(f"the template must hold {{text}} exactly once, got {self.template!r}")
+        check_template(self.template, mask=True)
         if len(self.label_words) < 2:
             raise UserError(f"give at least two label words, got {len(self.label_words)}: {dict(self.label_words)}")
         if any(not word for word in self.words) or len(set(self.words)) < len(self.words):
@@ -50,56 +55,39 @@ class LabelWordTask:
         """Label words as they follow the prompt, in class order."""
         return tuple(word for _, word in self.label_words)
 
-    def prompt(self, text: str) -> str:
+    def prompt(self, text: str, mask: str = "") -> str:
         """Return the prompt for one text."""
-        return self.template.replace("{text}", text)
+        return fill(self.template, text, mask)
 
-    def loss(self, tokenizer):
-        """Return the fp32 loss per row, :class:`adazeta.losses.LabelWords`, for these words."""
-        from adazeta.losses import LabelWords
+    def loss(self, model, tokenizer):
+        """Return the fp32 loss per row for these words: one of :mod:`adazeta.losses`, by the kind of the model.
 
-        return LabelWords(tokenizer, list(self.words))
+        Raises:
+            UserError: the template's ``{mask}`` does not fit the model.
+            ValueError: words that the tokenizer does not tell apart, or of several tokens at a mask.
+        """
+        from adazeta.losses import label_words
+        from adazeta.scoring import kind_of
+
+        kind, masked = kind_of(model), MASK in self.template
+        if kind == "masked" and not masked:
+            raise UserError(f"a masked language model fills a word in: put {{mask}} into template {self.template!r}")
+        if kind == "causal" and masked:
+            raise UserError(
+                "a causal language model goes on where the prompt ends: end the template there instead of with {mask}, "
+                f"got {self.template!r}"
+            )
+        return label_words(model, tokenizer, list(self.words), prefix=SENTINEL if masked else "")
 
     def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text's prompt, each at most ``max_tokens`` long."""
-        encoded = tokenizer([self.prompt(text) for text in texts])["input_ids"]
-        return [
-            ids if len(ids) <= self.max_tokens else self._shortened(tokenizer, text)
-            for text, ids in zip(texts, encoded)
-        ]
+        return encode_prompts(tokenizer, self.template, texts, self.max_tokens, tokenizer.mask_token or SENTINEL)
 
-    def encode(self, tokenizer, examples: Sequence[Example]) -> Prompts:
+    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
         """Tokenise the prompts of all examples, once.
 
         Raises:
             UserError: no examples, or a label without a label word.
         """
-        index = {label: number for number, label in enumerate(self.labels)}
-        for example in examples:
-            if example.label not in index:
-                known = ", ".join(repr(label) for label in self.labels)
-                raise UserError(f"label {example.label!r} of {example.text[:40]!r} is not one of {known}")
-        if not examples:
-            raise UserError("the dataset is empty: give at least one example")
-        ids = self.encode_texts(tokenizer, [example.text for example in examples])
-        return Prompts(ids, [index[example.label] for example in examples])
-
-    def _shortened(self, tokenizer, text: str) -> list[int]:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        keep = self.max_tokens - len(tokenizer(self.prompt(""))["input_ids"])
-        # Tokens merge across the seams of the template, so the fit is tried rather than computed.
-        while keep > 0:
-            ids = tokenizer(self.prompt(tokenizer.decode(tokens[:keep])))["input_ids"]
-            if len(ids) <= self.max_tokens:
-                return ids
-            keep -= len(ids) - self.max_tokens
-        raise UserError(f"max_tokens = {self.max_tokens} leaves no room for the text in template {self.template!r}")
-
-    def to_dict(self) -> dict:
-        """Return the task as plain JSON values; :meth:`from_dict` is its inverse."""
-        return {"template": self.template, "label_words": dict(self.label_words), "max_tokens": self.max_tokens}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> LabelWordTask:
-        """Build the task from :meth:`to_dict`'s values."""
-        return cls(values["template"], tuple(values["label_words"].items()), int(values["max_tokens"]))
+        labels = class_indices(examples, self.labels)
+        return Prompts(self.encode_texts(tokenizer, [example.text for example in examples]), labels)

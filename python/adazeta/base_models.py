@@ -1,0 +1,131 @@
+"""Base models: what kind a folder holds, and how it is loaded, frozen, with the head that a task needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from adazeta.errors import UserError
+
+Say = Callable[[str], None]
+
+
+def model_folder(name: str, say: Say = lambda line: None) -> Path:
+    """Return the folder of a base model: ``smollm2`` is fetched, anything else must be a folder with config.json."""
+    from adazeta import assets
+
+    if name == assets.MODEL_NAME and not Path(name).is_dir():
+        return assets.model_dir(say)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"no such model folder: {name}; give a folder with config.json and weights, or '{assets.MODEL_NAME}'"
+        )
+    if not (folder / "config.json").is_file():
+        from adazeta.runs import is_run
+
+        hint = "; it is a run: `adazeta info` shows its base model" if is_run(folder) else ""
+        raise UserError(f"{name} is not a model folder (no config.json){hint}")
+    return folder
+
+
+def architecture(folder: Path) -> str:
+    """Return what a model folder's checkpoint is, from its config.json.
+
+    ``"causal"``, ``"masked"`` or ``"seq2seq"`` with that language-model head, ``"head"`` with one for classification,
+    ``"encoder"`` without any head.
+
+    Raises:
+        UserError: a damaged config.json, or one that tells neither its architecture nor a known model type.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type, name = config.get("model_type"), (config.get("architectures") or [""])[0]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error}): get the model again") from error
+    kinds = {
+        "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "head": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    for kind, classes in kinds.items():
+        if name and name in classes.values():
+            return kind
+    if name:
+        return "encoder" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+    known = [kind for kind, classes in kinds.items() if model_type in classes]
+    if not known:
+        raise UserError(f"{folder / 'config.json'} names no architecture, and model type {model_type!r} is not known")
+    return known[0]
+
+
+def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda line: None):
+    """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
+
+    ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16. With a
+    :class:`adazeta.tasks.HeadTask` the model gets a classification head, whose parameters alone require gradients; a
+    new one has the same numbers at every call. Any other task takes the checkpoint's language-model head.
+
+    Raises:
+        UserError: not a model folder, weights that cannot be read, or weights that are not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    from adazeta.frozen import mix
+    from adazeta.heads import MeanPooled, head_modules
+
+    folder = model_folder(name, say)
+    stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
+    kinds = {"masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
+    with_head = task is not None and task.kind == "head"
+    if not with_head and (kind := architecture(folder)) in ("head", "encoder"):
+        raise UserError(f"{name} has no language-model head: --task head trains one for classification")
+    if with_head and stored != torch.float32:
+        raise UserError(f"a head that trains needs float32 numbers: use --dtype float32 or mixed, got {dtype}")
+    keywords = {"dtype": stored, "local_files_only": True}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            if with_head and task.pooling == "mean":
+                model = MeanPooled(AutoModel.from_pretrained(folder, **keywords), len(task.labels))
+            elif with_head:
+                keywords |= {"num_labels": len(task.labels), "ignore_mismatched_sizes": True}
+                model = AutoModelForSequenceClassification.from_pretrained(folder, **keywords)
+            else:
+                model = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        wanted = "with a classification head" if with_head else "as a language model"
+        raise UserError(f"{name} cannot be loaded {wanted}: {reason}") from error
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    if with_head:
+        model.config.pad_token_id = tokenizer.pad_token_id  # heads of causal models look for the last real token
+        for module in head_modules(model):
+            model.get_submodule(module).requires_grad_(True)
+    if dtype == "mixed":
+        mix(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

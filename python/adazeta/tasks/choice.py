@@ -1,0 +1,88 @@
+"""Multiple choice: of an example's own candidates the likeliest is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adazeta.data import Example, Prompts
+from adazeta.errors import UserError
+from adazeta.tasks.completion import answer_tokens, check_answers
+from adazeta.tasks.prompts import check_template, encode_prompts
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """A prompt template; the data gives every example its candidates, and as label the right one or its number from 0.
+
+    Candidate ``k`` has probability ``softmax_k(log p(candidate_k | prompt))``, with the log likelihood divided by the
+    candidate's number of tokens unless ``normalize`` is False.
+
+    Args:
+        template: the prompt, with ``{text}`` once, up to where the candidate begins.
+        max_tokens: longest prompt in tokens, the candidate not counted; a longer text loses its end.
+        normalize: divide by the number of tokens.
+        candidates: the most candidates that an example has; all examples are filled up to as many.
+    """
+
+    template: str = "{text}"
+    max_tokens: int = 256
+    normalize: bool = True
+    candidates: int = 2
+    kind: ClassVar[str] = "choice"
+    labels: ClassVar[None] = None
+
+    def __post_init__(self):
+        check_template(self.template)
+
+    def loss(self, model, tokenizer):
+        """Return the fp32 loss per row, :class:`adazeta.losses.CandidateLikelihood`.
+
+        Raises:
+            UserError: a masked language model, which says nothing of what follows a prompt.
+        """
+        from adazeta.losses import CandidateLikelihood
+
+        check_answers(model, self.kind)
+
+        return CandidateLikelihood(self.candidates, self.normalize)
+
+    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+        """Tokenise every prompt with each of its candidates, once.
+
+        Raises:
+            UserError: no examples, fewer than two candidates or more than ``candidates``, or a label that is none of
+                them.
+        """
+        labels = [right_choice(example) for example in examples]
+        for example in examples:
+            if len(example.choices) > self.candidates:
+                raise UserError(
+                    f"{example.text[:40]!r} has {len(example.choices)} candidates, and the task was made for "
+                    f"{self.candidates}"
+                )
+        prompts = encode_prompts(tokenizer, self.template, [e.text for e in examples], self.max_tokens)
+        inputs, targets = [], []
+        for example, prompt in zip(examples, prompts):
+            answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, c) for c in example.choices]
+            missing = [[]] * (self.candidates - len(answers))
+            inputs.append([prompt if seq2seq else prompt + answer for answer in answers] + missing)
+            targets.append([answer if seq2seq else [-100] * len(prompt) + answer for answer in answers] + missing)
+        return Prompts(inputs, labels, targets)
+
+
+def right_choice(example: Example) -> int:
+    """Return the number of the candidate that the label names, by its text or by its number from 0.
+
+    Raises:
+        UserError: fewer than two candidates, or none of that name.
+    """
+    choices, label = example.choices, example.label
+    if len(choices) < 2:
+        raise UserError(f"{example.text[:40]!r} has {len(choices)} candidates: give at least two in --choices-column")
+    if label in choices:
+        return choices.index(label)
+    if label.isdigit() and int(label) < len(choices):
+        return int(label)
+    raise UserError(f"label {label!r} of {example.text[:40]!r} is neither one of {list(choices)} nor its number from 0")

@@ -1,0 +1,83 @@
+"""Completion: the model goes on with an answer, which is scored token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adazeta.data import Example, Prompts
+from adazeta.errors import UserError
+from adazeta.tasks.prompts import check_template, encode_prompts
+
+
+def answer_tokens(tokenizer, template: str, answer: str) -> list[int]:
+    """Return the tokens of an answer as it follows the template: with a space before it unless one is there."""
+    space = "" if not template or template[-1].isspace() else " "
+    return tokenizer.encode(space + answer, add_special_tokens=False)
+
+
+def check_answers(model, kind: str) -> None:
+    """Raise UserError unless the model can say what follows a prompt."""
+    from adazeta.scoring import kind_of
+
+    if kind_of(model) == "masked":
+        raise UserError(f"task {kind} needs a causal or encoder-decoder model; a masked one takes label-words or head")
+
+
+@dataclass(frozen=True)
+class CompletionTask:
+    """A prompt template; the data's labels are the answers. The loss is the mean over an answer's tokens and its end.
+
+    Args:
+        template: the prompt, with ``{text}`` once, up to where the answer begins.
+        max_tokens: longest prompt in tokens, the answer not counted; a longer text loses its end.
+    """
+
+    template: str = "{text}"
+    max_tokens: int = 256
+    kind: ClassVar[str] = "completion"
+    labels: ClassVar[None] = None
+
+    def __post_init__(self):
+        check_template(self.template)
+
+    def loss(self, model, tokenizer):
+        """Return the fp32 loss per row, :class:`adazeta.losses.Completion`.
+
+        Raises:
+            UserError: a masked language model, which says nothing of what follows a prompt.
+        """
+        from adazeta.losses import Completion
+
+        check_answers(model, self.kind)
+
+        return Completion()
+
+    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+        """Tokenise all prompts and answers, once.
+
+        Raises:
+            UserError: no examples.
+        """
+        prompts = encode_prompts(tokenizer, self.template, [e.text for e in examples], self.max_tokens)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, e.label) + end for e in examples]
+        if seq2seq:
+            return Prompts(prompts, answers)
+        rows = [(prompt + answer, [-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
+        return Prompts([ids for ids, _ in rows], [labels for _, labels in rows])
+
+    def generate(self, model, tokenizer, texts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Return the model's greedy answer to every text, by generation with a key-value cache."""
+        import torch
+
+        answers = []
+        for ids in encode_prompts(tokenizer, self.template, texts, self.max_tokens):
+            prompt = torch.tensor([ids], device=next(model.parameters()).device)
+            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+            out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)[0]
+            if not model.config.is_encoder_decoder:
+                out = out[len(ids) :]
+            answers.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+        return answers

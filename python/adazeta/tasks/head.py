@@ -1,0 +1,56 @@
+"""Text classification by a head: numbers of its own make the classes' scores, and train with the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adazeta.data import Example, Prompts
+from adazeta.errors import UserError
+from adazeta.tasks.prompts import check_template, class_indices, encode_prompts
+
+POOLINGS = ("own", "mean")
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """Class labels, and the head that tells them apart.
+
+    Args:
+        labels: as the data spells them, in class order.
+        template: what the model reads, with ``{text}`` once.
+        max_tokens: longest input in tokens; a longer text loses its end.
+        pooling: ``"own"``, the head that ``transformers`` has for the model, or ``"mean"``, a linear layer on the mean
+            of the hidden states.
+    """
+
+    labels: tuple[str, ...]
+    template: str = "{text}"
+    max_tokens: int = 256
+    pooling: str = "own"
+    kind: ClassVar[str] = "head"
+
+    def __post_init__(self):
+        object.__setattr__(self, "labels", tuple(self.labels))
+        check_template(self.template)
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise UserError(f"a head needs at least two different labels, got {list(self.labels)}")
+        if self.pooling not in POOLINGS:
+            raise UserError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+
+    def loss(self, model, tokenizer):
+        """Return the fp32 loss per row, :class:`adazeta.losses.HeadScores`."""
+        from adazeta.losses import HeadScores
+
+        return HeadScores()
+
+    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+        """Tokenise all texts, once.
+
+        Raises:
+            UserError: no examples, or an unknown label.
+        """
+        labels = class_indices(examples, self.labels)
+        texts = [example.text for example in examples]
+        return Prompts(encode_prompts(tokenizer, self.template, texts, self.max_tokens), labels)

@@ -1,0 +1,64 @@
+"""Heads that run probe by probe inside one forward, against one probe per forward."""
+
+import pytest
+import torch
+from families import MASKED, adapted, build
+from peft import get_peft_model
+from test_word_losses import prompts
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from adazeta import TTConfig, ZerothOrder
+from adazeta.heads import MeanPooled, head_modules
+from adazeta.losses import HeadScores
+from adazeta.split_heads import heads_of
+
+
+def with_head(family):
+    auto = AutoModelForSequenceClassification
+    return adapted(family, auto=auto, modules_to_save=head_modules(build(family, auto)))
+
+
+def mean_pooled():
+    torch.manual_seed(1)
+    base = MeanPooled(build("bert", AutoModel), 3).requires_grad_(False).eval()
+    return get_peft_model(base, TTConfig(rank=2, bottleneck=8, modules_to_save=["classifier"])).eval()
+
+
+def coefficients_of(model, **settings):
+    """Forwards of the trunk, and projected gradients, of one estimate."""
+    opt = ZerothOrder(model, eps=0.1, queries=3, directions="example", **settings)
+    inner, calls = model.get_base_model(), []
+    trunk = inner.encoder if isinstance(inner, MeanPooled) else inner.base_model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    opt.estimate(HeadScores(), prompts())  # the first one looks at the model too
+    opt.zero_grad()
+    handle = trunk.register_forward_pre_hook(lambda *a: calls.append(1))
+    opt.estimate(HeadScores(), prompts())
+    handle.remove()
+    if "perturb" not in settings:
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return len(calls), torch.cat(opt._projected)
+
+
+@pytest.mark.parametrize("family", [*MASKED, "gpt2", "llama", "mean"])
+def test_many_probes_in_a_forward_equal_one(family):
+    model = mean_pooled() if family == "mean" else with_head(family)
+    forwards, together = coefficients_of(model, probes_per_forward=30)
+    assert forwards == 1
+    forwards, alone = coefficients_of(model, probes_per_forward=1)
+    assert forwards == 30
+    torch.testing.assert_close(together, alone, atol=3e-4, rtol=1e-3)
+    assert alone.std() > 0.01
+    _, in_place = coefficients_of(model, perturb="in-place")
+    torch.testing.assert_close(together, in_place, atol=3e-4, rtol=1e-3)
+
+
+def test_other_parameters_keep_a_forward_per_probe():
+    model = with_head("bert")
+    inner = model.get_base_model()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and "tt_theta" not in name}
+    assert heads_of(model, named) == [inner.classifier]
+    assert heads_of(model, {**named, "word_embeddings": inner.bert.embeddings.word_embeddings.weight}) == []
+    language_model = adapted("llama", modules_to_save=["lm_head"])
+    assert heads_of(language_model, {"lm_head": language_model.get_base_model().lm_head.weight}) == []
+    assert heads_of(torch.nn.Linear(2, 2), {}) == []

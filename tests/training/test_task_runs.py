@@ -1,0 +1,148 @@
+"""Every kind of task from the command line on a tiny model: trained, better than before, evaluated, asked."""
+
+import json
+
+import pytest
+import torch
+from families import SETTINGS
+from tiny_run import BAD, GOOD, write_model
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer, BertModel
+
+from adazeta import cli
+from adazeta.base_models import architecture
+from adazeta.errors import UserError
+
+SMALL = ("--steps", 20, "--batch-size", 8, "--eps", 0.02, "--queries", 8, "--rank", 2, "--bottleneck", 8, "--layers", 1)
+SETTLED = ("--positions", "all", "--directions", 2, "--threads", 1, "--dtype", "float32", "--eval-every", 20)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders: a causal model, a masked one, an encoder without a head, an encoder-decoder."""
+    folder = tmp_path_factory.mktemp("models")
+    before = torch.get_num_threads()
+    write_model(folder / "causal")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "causal")
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "eos_token": "<eos>"})
+    kinds = {
+        "masked": ("bert", AutoModelForMaskedLM),
+        "encoder": ("bert", None),
+        "seq2seq": ("t5", AutoModelForSeq2SeqLM),
+    }
+    for name, (family, auto) in kinds.items():
+        torch.manual_seed(0)
+        more = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": 0,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        }
+        config = AutoConfig.for_model(family, **{**SETTINGS[family], **more, "eos_token_id": tokenizer.eos_token_id})
+        model = auto.from_config(config) if auto else BertModel(config)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    yield folder
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Labelled texts, the same as a choice between answers, and with answers to be said."""
+    folder, rows = tmp_path_factory.mktemp("data"), []
+    for index in range(96):
+        words, label = ((GOOD, "positive"), (BAD, "negative"))[index % 2]
+        rows.append({"text": f"{words[index // 2 % 4]} no {index}", "label": label})
+    answers = {"positive": "yes", "negative": "no!"}
+    kinds = {
+        "labels": rows,
+        "choices": [{**r, "label": answers[r["label"]], "choices": ["no!", "yes"]} for r in rows],
+        "answers": [{**r, "label": answers[r["label"]]} for r in rows],
+    }
+    for name, lines in kinds.items():
+        for part, chosen in (("", lines[32:]), ("-dev", lines[:32])):
+            (folder / f"{name}{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    return folder
+
+
+def main(capsys, *arguments):
+    capsys.readouterr()
+    code = cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+CASES = [
+    ("causal", "labels", (), "label-words", 0.05),
+    ("masked", "labels", ("--template", "{text}{mask}"), "label-words", 0.05),
+    ("seq2seq", "labels", ("--template", "{text}", "--layers", "0-1"), "label-words", 0.05),
+    ("encoder", "labels", (), "head", 0.03),
+    ("encoder", "labels", ("--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
+    ("masked", "labels", ("--task", "head", "--labels", "negative,positive"), "head", 0.03),
+    ("causal", "labels", ("--task", "head"), "head", 0.03),
+    ("causal", "choices", ("--task", "choice"), "choice", 0.05),
+    ("causal", "answers", ("--task", "completion"), "completion", 0.05),
+    ("seq2seq", "answers", ("--task", "completion"), "completion", 0.05),
+]
+
+
+@pytest.mark.parametrize("model, source, more, kind, lr", CASES)
+def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more, kind, lr):
+    run, path, dev = tmp_path / "run", data / f"{source}.jsonl", data / f"{source}-dev.jsonl"
+    files = ("--model", models / model, "--data", path, "--dev-data", dev, "--output", run)
+    code, out, err = main(capsys, "train", *files, *SMALL, *SETTLED, "--lr", lr, *more)
+    assert code == 0, err
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["task"]["kind"] == kind
+    before, after = summary["dev"]["before"], summary["dev"]["after"]
+    print(before, after)
+    assert after["loss"] < before["loss"] - 0.02 and 0 <= after["accuracy"] <= 1
+    code, out, err = main(capsys, "eval", run, "--data", dev, "--json", "--threads", 1)
+    assert code == 0, err
+    assert {name: json.loads(out)[name] for name in after} == pytest.approx(after, abs=1e-5)
+    code, out, err = main(capsys, "predict", run, "a warm film", "dull", "--json", "--threads", 1)
+    if kind == "choice":
+        assert code == 2 and "adazeta eval" in err
+        return
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["text"] for line in lines] == ["a warm film", "dull"]
+    assert all(("answer" if kind == "completion" else "probabilities") in line for line in lines)
+    code, out, err = main(capsys, "replay", run)
+    assert code == 0 and "bit for bit" in out, err
+    code, out, err = main(capsys, "info", run)
+    assert code == 0 and kind in out
+
+
+def test_architectures(models, tmp_path):
+    assert [architecture(models / name) for name in ("causal", "masked", "encoder", "seq2seq")] == [
+        "causal",
+        "masked",
+        "encoder",
+        "seq2seq",
+    ]
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(UserError, match="model type 'mystery' is not known"):
+        architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model, source, more, message",
+    [
+        ("masked", "labels", ("--template", "{text} is"), "put {mask} into template"),
+        ("causal", "labels", ("--template", "{text} is {mask}"), "goes on where the prompt ends"),
+        ("masked", "labels", ("--label-words", "negative=bad,positive=good"), "words of one token"),
+        ("masked", "choices", ("--task", "choice"), "causal or encoder-decoder"),
+        ("masked", "answers", ("--task", "completion"), "causal or encoder-decoder"),
+        ("encoder", "labels", ("--task", "label-words"), "no language-model head"),
+        ("encoder", "labels", ("--dtype", "bfloat16"), "needs float32"),
+        ("encoder", "labels", ("--labels", "positive"), "at least two different labels"),
+        ("encoder", "labels", ("--labels", "good,bad"), "label 'positive' is not one of 'good', 'bad'"),
+        ("causal", "labels", ("--task", "choice"), "no column 'choices'"),
+        ("causal", "labels", ("--task", "sing"), "expected one of auto, label-words"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(models, data, tmp_path, capsys, model, source, more, message):
+    arguments = ("--model", models / model, "--data", data / f"{source}.jsonl", "--output", tmp_path / "run")
+    code, out, err = main(capsys, "train", *arguments, *SMALL, *SETTLED, *more)
+    assert code == 2 and message in err.splitlines()[-1], err
+    assert not (tmp_path / "run").exists()
