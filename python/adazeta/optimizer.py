@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import is_dataclass, replace
+from dataclasses import astuple, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class ZerothOrder(torch.optim.Optimizer):
         on_divergence: what becomes of a step that ``adazeta.guards.Guard`` refuses: ``"stop"`` raises ``Diverged``,
             ``"rollback"`` goes back to the journal's best point and on with half the learning rate, ``"ignore"`` makes
             the step all the same.
+        ranks: an ``adazeta.distributed.Ranks``, where many processes share the queries or the data of a step.
 
     The first estimate looks once, with two rows, whether the losses of a row depend on the other rows of its forward
     (``adazeta.first_look``); from then on every probe has a forward of its own.
@@ -99,6 +100,7 @@ class ZerothOrder(torch.optim.Optimizer):
         prefix_cache: str = "auto",
         perturb: str = WAYS[0],
         on_divergence: str = "stop",
+        ranks=None,
     ):
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
@@ -139,10 +141,20 @@ class ZerothOrder(torch.optim.Optimizer):
         self._others, self._first_look = Others(self.others, perturb), FirstLook()
         self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
-        self.guard = Guard(on_divergence)
+        self.guard, self.ranks = Guard(on_divergence), ranks
+        if ranks is not None and on_divergence == "rollback":
+            raise ValueError("on_divergence='rollback' needs the journal, which only one of the ranks has; use 'stop'")
+        if ranks is not None and self.others:
+            raise ValueError(
+                f"ranks share the training of an adapter alone: {next(iter(self.others))} would be perturbed in place, "
+                "and drift apart"
+            )
+        if ranks is not None and ranks.data > 1 and directions != "batch":
+            raise ValueError(f"data is spread over ranks that share directions='batch', got {directions!r}")
         self.journal: Journal | None = None
         self._recorded: list[Step] = []  # of a journal that is resumed; those from step_index on are still to be done
         self._mean_losses: list[float] = []
+        self._header: dict = {}
         self._counted = (0, 0)
         self._momentum: list[torch.Tensor] = []
         self._seeds_used = 0
@@ -177,7 +189,32 @@ class ZerothOrder(torch.optim.Optimizer):
         groups = self._groups(examples)
         queries = self.queries(self.step_index, self.steps_per_epoch)
         seeds = derive_seeds(self.run_seed, self.step_index, self._seeds_used + queries * groups)[self._seeds_used :]
-        plan = Plan(seeds, self.eps, probe_signs(self.difference), groups, examples // groups)
+        mine = self.ranks.queries(queries) if self.ranks else range(queries)
+        chosen = [seeds[group * queries + query] for group in range(groups) for query in mine]
+        plan = Plan(chosen, self.eps, probe_signs(self.difference), groups, examples // groups)
+        losses, rows = torch.empty(groups, 0, len(plan.signs), plan.rows_per_probe), 0
+        if mine:
+            losses, rows = self._evaluate(plan, batch, loss_fn)
+        if self.ranks:
+            due = self.step_index % self.ranks.check_every == 0
+            digest = crc_of(self.trainable().tensors) if due else 0
+            central = self.difference == "central"
+            found = self.ranks.gather(losses, queries, self.step_index, digest, rows, central=central)
+            sums, number, loss, rows, evaluations = astuple(found)
+        else:
+            finite = losses[torch.isfinite(losses)].double()
+            sums, number, evaluations = losses.double().sum(-1), plan.rows_per_probe, losses.numel()
+            loss = float(finite.mean()) if len(finite) else float("nan")
+        # Sums of losses are exact in float64, so nothing depends on how examples are spread over ranks.
+        self._projected.append((projected_gradients(sums, self.eps, self.difference) / number).reshape(-1))
+        self._seeds_used += len(seeds)
+        self.rows += rows
+        self.evaluations += evaluations
+        self._mean_losses.append(loss)
+        return loss
+
+    def _evaluate(self, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable) -> tuple[torch.Tensor, int]:
+        """Return the losses of the plan's probes, ``[G, Q, S, rows_per_probe]``, and the forward rows they cost."""
         # Asked for also where it is not needed: it makes the layers' offsets those of the flat vector.
         offset = self.tt_model.theta(self.adapter).numel() if self.tt_model is not None else 0
         others = self._others.at_probes(self.model, offset, self.distribution)
@@ -199,13 +236,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     self.planner.probes_per_forward = 1
                 losses = evaluate_probes(plan, batch, losses_of, **further, **settings)
                 rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
-        self._projected.append(projected_gradients(losses.double().mean(-1), self.eps, self.difference).reshape(-1))
-        self._seeds_used += len(seeds)
-        self.rows += rows
-        self.evaluations += losses.numel()
-        finite = losses[torch.isfinite(losses)]
-        self._mean_losses.append(float(finite.double().mean()) if len(finite) else float("nan"))
-        return self._mean_losses[-1]
+        return losses, rows
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -222,7 +253,7 @@ class ZerothOrder(torch.optim.Optimizer):
         trainable = self.trainable()
         if self.pending:
             step = self._recorded[self.step_index]
-            redo_estimates(trainable, step, Drift.of(self.journal.header), self.run_seed)
+            redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
             self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
         else:
             step = self._new_step(trainable)
@@ -345,13 +376,18 @@ class ZerothOrder(torch.optim.Optimizer):
                 )
             if self.step_index == 0 and self.journal.header["initial_sha256"] != header["initial_sha256"]:
                 self._take(initial_values(self.journal.header, self.journal.path).trainable)
-            for step in self._recorded[: self.step_index]:
-                self.guard.observe(step)
+            self.take_up(self._recorded, self.journal.header)
         except BaseException:
             self.journal.close()
             self.journal, self._recorded = None, []
             raise
         return self.journal
+
+    def take_up(self, steps: list[Step], header: dict) -> None:
+        """Make the recorded ``steps`` of a journal from ``step_index`` on as they are called for, without forwards."""
+        self._recorded, self._header = steps, header
+        for step in steps[: self.step_index]:
+            self.guard.observe(step)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a run's results depend on, besides the model and those that are recorded per step.

@@ -417,7 +417,7 @@ def resolve(
     for option in options:
         if option.key in flags:
             values[option.key] = option.read(flags[option.key], f"--{option.name}")
-        elif from_file and option.key in from_file:
+        elif from_file and from_file.get(option.key) is not None:  # `key:` alone gives nothing
             values[option.key] = from_file[option.key]
         elif stored and option.key in stored:
             values[option.key] = option.read(stored[option.key], f"stored setting {option.name}")

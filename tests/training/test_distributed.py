@@ -1,0 +1,179 @@
+"""Many ranks: the bits of one, uneven splits, ranks without a query, disagreements found at start, a killed rank."""
+
+import os
+import signal
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import lm_batch, tiny_adapted
+
+from adazeta import UserError, ZerothOrder
+from adazeta.distributed import Ranks, open_journal
+from adazeta.journal import NAME, read
+from adazeta.losses import causal_lm_loss
+
+SETTINGS = {"lr": 0.1, "eps": 0.05, "momentum": 0.9, "run_seed": 7, "probes_per_forward": 1}
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # forked from here
+    yield
+    torch.set_num_threads(before)
+
+
+def on_ranks(size, folder, work):
+    """Run ``work(rank)`` in ``size`` forked processes that talk over loopback; return exit statuses and tracebacks."""
+    folder.mkdir(exist_ok=True)
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+                work(rank)
+                status = 0
+            except BaseException:
+                (folder / f"error-{rank}").write_text(traceback.format_exc())
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return statuses, [path.read_text() for path in sorted(folder.glob("error-*"))]
+
+
+def losses_one_by_one(model, batch):
+    """A loss whose bits do not depend on the rows beside a row: what is spread over ranks then is the same."""
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
+    return torch.cat([causal_lm_loss(model, row) for row in rows])
+
+
+def train(opt, part=slice(None), first=0):
+    for k in range(first, STEPS):
+        batch = {name: value[part] for name, value in lm_batch(6, seed=k).items()}
+        opt.estimate(losses_one_by_one, batch)
+        opt.step()
+    return opt
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "settings"),
+    [
+        (3, 1, {"queries": 4}),  # uneven
+        (3, 1, {"queries": 2}),  # a rank without a query
+        (2, 1, {"queries": 3, "directions": "example", "difference": "forward"}),
+        (2, 2, {"queries": 2}),
+        (4, 2, {"queries": 3, "difference": "forward"}),
+    ],
+)
+def test_the_bits_of_one_rank(tmp_path, size, data, settings):
+    model = tiny_adapted()
+    settings = {**SETTINGS, **settings}
+
+    def work(rank):
+        ranks = Ranks(data, check_every=1)
+        opt = ZerothOrder(model, ranks=ranks, **settings)
+        open_journal(opt, tmp_path / f"many-{size}" / NAME)
+        row = ranks.rank // ranks.columns  # 6 examples as 4 and 2
+        train(opt, slice(None) if data == 1 else (slice(0, 4), slice(4, 6))[row])
+        torch.save((opt.fingerprint(), opt.rows, opt.evaluations), tmp_path / f"rank-{rank}")
+        if opt.journal:
+            opt.journal.close()
+
+    statuses, errors = on_ranks(size, tmp_path / "work", work)
+    assert statuses == [0] * size, errors
+    found = {torch.load(tmp_path / f"rank-{rank}") for rank in range(size)}
+    one = ZerothOrder(model, **settings)
+    one.write_journal(tmp_path / "one" / NAME)
+    train(one)
+    assert found == {(one.fingerprint(), one.rows, one.evaluations)}
+    many, alone = read(tmp_path / f"many-{size}" / NAME).steps, read(tmp_path / "one" / NAME).steps
+    for a, b in zip(many, alone):
+        assert a.coefficients.tobytes() == b.coefficients.tobytes() and (a.loss, a.digest) == (b.loss, b.digest)
+    assert len(many) == STEPS
+
+
+def test_ranks_that_disagree_are_found_at_the_start(tmp_path):
+    model, other = tiny_adapted(), tiny_adapted(seed=1)
+
+    def work(rank):
+        for name, model_of_1, settings in (
+            ("config.eps", model, {"eps": 0.06}),
+            ("base_sha256", other, {}),
+            ("run_seed", model, {"run_seed": 8}),
+        ):
+            changed = settings if rank == 1 else {}
+            opt = ZerothOrder(model_of_1 if rank == 1 else model, ranks=Ranks(), **{**SETTINGS, **changed})
+            with pytest.raises(UserError, match=f"rank 1 has another {name} than rank 0"):
+                open_journal(opt, tmp_path / NAME)
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_rank_with_another_theta_is_found(tmp_path):
+    model = tiny_adapted()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(check_every=2), queries=2, **SETTINGS)
+        with pytest.raises(RuntimeError, match="before step 2 theta on rank 1 differs from that on rank 0"):
+            for k in range(STEPS):
+                opt.estimate(causal_lm_loss, lm_batch(4, seed=k))
+                opt.step()
+                if rank == 1 and k == 0:
+                    model.base_model.theta()[3] += 1e-7
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
+def test_ranks_that_were_killed_rejoin_from_the_journal(tmp_path):
+    model = tiny_adapted()
+
+    def life(resume, last):
+        def work(rank):
+            opt = ZerothOrder(model, ranks=Ranks(check_every=1), queries=2, **SETTINGS)
+            open_journal(opt, tmp_path / NAME, resume)
+            for k in range(STEPS):
+                if k == last and rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                opt.estimate(losses_one_by_one, lm_batch(6, seed=k))
+                opt.step()
+            torch.save(opt.fingerprint(), tmp_path / f"rank-{rank}")
+
+        return on_ranks(2, tmp_path / f"life-{resume}", work)
+
+    statuses, _ = life(False, 2)
+    assert statuses == [1, -signal.SIGKILL]  # the other is told by gloo
+    assert len(read(tmp_path / NAME, repair=True).steps) == 2
+    assert life(True, -1) == ([0, 0], [])
+    one = train(ZerothOrder(model, queries=2, **SETTINGS))
+    assert {torch.load(tmp_path / f"rank-{rank}") for rank in range(2)} == {one.fingerprint()}
+
+
+def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
+    def work(rank):
+        sent, gather = [], dist.all_gather
+
+        def weighed(received, message, **more):
+            sent.append(message.nbytes)
+            gather(received, message, **more)
+
+        dist.all_gather = weighed
+        opt = ZerothOrder(tiny_adapted(), ranks=Ranks(), queries=5, **SETTINGS)
+        train(opt)
+        assert sent == [48 + 8 * 3] * STEPS
+        for arguments in ((3,), (0,)):
+            with pytest.raises(ValueError, match="expected a divisor"):
+                Ranks(*arguments)
+        with pytest.raises(ValueError, match="only one of the ranks has"):
+            ZerothOrder(tiny_adapted(), ranks=Ranks(), on_divergence="rollback")
+        with pytest.raises(ValueError, match="spread over ranks that share directions"):
+            ZerothOrder(tiny_adapted(), ranks=Ranks(2), directions="example")
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
