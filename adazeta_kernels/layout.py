@@ -18,6 +18,7 @@ import torch
 
 _ENCODING_VERSION = 1
 # A core whose dimension dwarfs the others saves nothing; up to this size it still does at any width in use.
+_LARGEST = 2**30  # beyond it the search for factors would take seconds, then days
 _HARMLESS_FACTOR = 64
 
 
@@ -304,12 +305,14 @@ def balanced_factors(size: int, name: str = "width") -> tuple[int, ...]:
 
     Raises:
         TypeError: `size` is not an integer.
-        ValueError: `size` is below 4, prime, or so nearly prime that one factor keeps most of it.
+        ValueError: `size` is below 4, above 2**30, prime, or so nearly prime that one factor keeps most of it.
     """
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"{name} must be an integer, got {size!r} of type {type(size).__name__}")
     if size < 4:
         raise ValueError(f"{name} {size} is too small for a TT shape, expected at least 4")
+    if size > _LARGEST:
+        raise ValueError(f"{name} {size} is too large for a TT shape, expected at most {_LARGEST}")
     best = _best_factors(size)
     if _is_balanced(size, best):
         return best

@@ -142,3 +142,11 @@ def test_aliases_and_depth_in_settings_files(tmp_path):
         path.write_text(content)
         with pytest.raises(fuzz.UserError, match=message):
             read_yaml(str(path), TRAIN)
+
+
+def test_a_width_without_end_is_refused_at_once():
+    from adazeta_kernels import TTAdapterLayout
+
+    for arguments in ((2**63, 64, 2), (4096, 2**63, 2)):
+        with pytest.raises(ValueError, match="9223372036854775808 is too large for a TT shape, expected at most"):
+            TTAdapterLayout.auto(*arguments)
