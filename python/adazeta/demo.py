@@ -29,7 +29,7 @@ def measure_memory(
     import torch
 
     from adazeta import ZerothOrder
-    from adazeta.training import zo_config
+    from adazeta.prepare import zo_config
 
     prompts = classifier.encode(examples).by_length()
     device = next(classifier.model.parameters()).device

@@ -331,11 +331,12 @@ def test_journal_stats_and_diff(world, capsys, tmp_path):
 def test_deterministic_leaves_nothing_to_the_clock(monkeypatch):
     import torch
 
-    from adazeta.training import make_deterministic
+    from adazeta.prepare import make_deterministic
 
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
-    values = {"max_minutes": None, "dtype": "auto", "threads": None}
-    assert make_deterministic(values) == {"max_minutes": None, "dtype": "float32", "threads": 1}
+    values = {"max_minutes": None, "dtype": "auto", "gemm": "auto", "threads": None}
+    settled = {"max_minutes": None, "dtype": "float32", "gemm": "plain", "threads": 1}
+    assert make_deterministic(values) == settled
     assert make_deterministic({**values, "dtype": "mixed", "threads": 2})["dtype"] == "mixed"
     with pytest.raises(UserError, match="depends on the clock"):
         make_deterministic({**values, "max_minutes": 1.0})

@@ -1,0 +1,95 @@
+"""Kinds of settings: what the text of a flag or a value of a YAML file is read as; ValueError where it can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adazeta.schedule import AdaptiveQueries, ConstantQueries
+
+
+def boolean(value) -> bool:
+    """Read true/false as YAML and people write them."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in words:
+        return words[str(value).lower()]
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
+def positive(value) -> int:
+    """Read an integer above zero."""
+    if isinstance(value, float) and value != int(value) or int(value) < 1:
+        raise ValueError(f"expected an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def natural(value) -> int:
+    """Read an integer of at least zero."""
+    return 0 if str(value).strip() == "0" else positive(value)
+
+
+def escaped(value: str) -> str:
+    r"""Read text in which a shell cannot easily say newline: ``\n`` and ``\t`` stand for newline and tab."""
+    return str(value).replace("\\n", "\n").replace("\\t", "\t")
+
+
+def label_words(value) -> dict[str, str]:
+    """Read ``label=word,label=word`` (or a mapping); a word without a leading space gets one."""
+    if not isinstance(value, Mapping):
+        parts = [part.partition("=") for part in str(value).split(",")]
+        if not all(separator for _, separator, _ in parts):
+            raise ValueError(f"expected label=word,label=word, got {value!r}")
+        value = {label.strip(): word for label, _, word in parts}
+    return {str(label): f" {word}" if not str(word).startswith(" ") else str(word) for label, word in value.items()}
+
+
+def queries(value) -> ConstantQueries | AdaptiveQueries:
+    """Read a number of queries, or ``adaptive[:alpha,beta,maximum[,epoch|step]]``."""
+    text = str(value)
+    if not text.startswith("adaptive"):
+        return ConstantQueries(positive(value))
+    parts = text.removeprefix("adaptive").removeprefix(":").split(",") if ":" in text else []
+    if parts and len(parts) not in (3, 4):
+        raise ValueError(f"expected adaptive:alpha,beta,maximum or adaptive:alpha,beta,maximum,step, got {value!r}")
+    numbers = (float(parts[0]), float(parts[1]), int(parts[2])) if parts else ()
+    return AdaptiveQueries(*numbers, *parts[3:])
+
+
+def directions(value) -> str | int:
+    """Read ``batch``, ``example`` or a number of groups."""
+    return value if value in ("batch", "example") else positive(value)
+
+
+def names(value) -> str | list[str]:
+    """Read ``paper``, ``published``, ``mlp`` or module names separated by commas."""
+    if isinstance(value, (list, tuple)):
+        return [str(name) for name in value]
+    return value if value in ("paper", "published", "mlp") else [name.strip() for name in str(value).split(",")]
+
+
+def listed(value) -> list[str]:
+    """Read values separated by commas."""
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",")]
+
+
+def layers(value) -> str | list[int]:
+    """Read ``middle``, or integers separated by commas, ranges ``a-b`` included."""
+    if value == "middle":
+        return value
+    if isinstance(value, (list, tuple)):
+        return [int(number) for number in value]
+    found: list[int] = []
+    for part in str(value).split(","):
+        first, dash, last = part.partition("-")
+        found += range(int(first), int(last) + 1) if dash else [int(first)]
+    return found
+
+
+def cache_setting(value) -> str:
+    """Read auto, off, memory[:SIZE] or disk[:SIZE]."""
+    from adazeta.prefix_cache import read_setting
+
+    value = "off" if value is False else str(value)  # YAML reads off as false
+    read_setting(value)
+    return value

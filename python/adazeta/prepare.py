@@ -1,0 +1,139 @@
+"""What a run begins with: its settings, as model, data and machine allow them, and a model with a fresh adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adazeta.base_models import architecture, load_base, model_folder
+from adazeta.data import Example
+from adazeta.errors import UserError
+from adazeta.options import section
+from adazeta.runs import Classifier, card_of
+from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
+
+
+def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]:
+    """Return the settings with ``task`` and ``positions`` as the base model allows.
+
+    Raises:
+        UserError: no such model.
+    """
+    kind = architecture(model_folder(settings["model"], say))
+    settings = dict(settings)
+    task = choose({**settings, "labels": settings["labels"] or "01"}, kind)  # those of the data are not known yet
+    settings["task"] = task.kind
+    if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
+        say(f"adapters act on all positions: task {settings['task']} of a {kind} model does not score the last alone")
+        settings["positions"] = "all"
+    return settings
+
+
+def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[str, list[Example]], dict[str, Any]]:
+    """Return the splits of settled settings, and the settings with what a task takes from its data.
+
+    Raises:
+        UserError: data that cannot be read, or one class only.
+    """
+    from adazeta.data import load_splits
+
+    task = settings["task"]
+    labels = list(settings["label_words"]) if task == LabelWordTask.kind else None
+    splits = load_splits(
+        settings["data"],
+        dev_source=settings["dev_data"],
+        labels=settings["labels"] if task == HeadTask.kind else labels,
+        text_column=settings["text_column"],
+        label_column=settings["label_column"],
+        choices_column=settings["choices_column"] if task == ChoiceTask.kind else None,
+        say=say,
+    )
+    examples = [example for split in splits.values() for example in split]
+    settings = dict(settings)
+    if task == HeadTask.kind and settings["labels"] is None:
+        settings["labels"] = sorted({example.label for example in examples})
+        if len(settings["labels"]) < 2:
+            raise UserError(f"a classifier needs two labels or more, {settings['data']} has only {settings['labels']}")
+    if task == ChoiceTask.kind:
+        settings["candidates"] = max(len(example.choices) for example in examples)
+    return splits, settings
+
+
+def task_of(settings: Mapping[str, Any], say=lambda line: None) -> Task:
+    """Return the task that settled settings describe."""
+    return choose(settings, architecture(model_folder(settings["model"], say)))
+
+
+def make_deterministic(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Let nothing depend on the clock or on the order of threads; return the settings with what that decides.
+
+    Raises:
+        UserError: a limit in minutes.
+    """
+    import os
+
+    import torch
+
+    if settings["max_minutes"] is not None:
+        raise UserError("--deterministic: where --max-minutes ends a run depends on the clock; use --rows or --steps")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in any order
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # `auto` times formats and products, and the sums of a product depend on the number of threads.
+    chosen = {"dtype": "float32", "gemm": "plain"}
+    chosen = {name: value if settings[name] == "auto" else settings[name] for name, value in chosen.items()}
+    return {**settings, **chosen, "threads": settings["threads"] or 1}
+
+
+def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
+    """Load the base model and give it a fresh adapter.
+
+    Raises:
+        UserError: the model cannot be loaded, or the adapter's settings do not fit it.
+    """
+    import peft
+
+    from adazeta import TTConfig
+    from adazeta.heads import head_modules
+
+    task = task_of(settings, say)
+    base, tokenizer = load_base(settings["model"], task=task, dtype=settings["dtype"], say=say)
+    keywords = section("tt", settings, preset)
+    if settings["init_seed"] is None:
+        keywords["init_seed"] = settings["seed"]
+    try:
+        if task.kind == HeadTask.kind:
+            keywords["modules_to_save"] = head_modules(base)
+        elif base.can_generate():
+            keywords["task_type"] = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+        model = peft.get_peft_model(base, TTConfig(**keywords))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {error}") from error
+    settings = {**settings, "gemm": _pack(model, settings["gemm"], say)}
+    classifier = Classifier(model, tokenizer, task, card_of(settings, task, preset))
+    loss = classifier.loss()  # checks that the task fits the model
+    if keywords.get("positions") == "last" and loss.rows_per_example > 1:
+        raise UserError(
+            f"the label words {list(task.words)} have several tokens, and adapters on the last token score one: "
+            "choose other --label-words, or add --positions all"
+        )
+    return classifier
+
+
+def _pack(model, gemm: str, say) -> str:
+    """Pack the frozen linear layers where asked for or found faster; return what was done: a resumed run repeats it."""
+    from adazeta import frozen
+    from adazeta.planner import TOKENS_PER_FORWARD
+
+    if gemm == "auto":
+        return frozen.pack_where_faster(model, TOKENS_PER_FORWARD["cpu"], say)
+    if gemm == "packed":
+        frozen.pack(model, TOKENS_PER_FORWARD["cpu"])
+    return gemm
+
+
+def zo_config(settings: Mapping[str, Any], preset: str):
+    """Return the ``ZOConfig`` of the settings."""
+    from adazeta import ZOConfig
+
+    return ZOConfig(**{**section("zo", settings, preset), "run_seed": settings["seed"]})
