@@ -60,7 +60,7 @@ def rows_mix(model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable, *, e
             f"the loss of a row is random: {alone[0]:.6g}, then {again[0]:.6g} at the same point; model.eval() turns "
             "dropout off, whose noise hides the differences that are measured",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return False
     other = first if _equal(beside, alone, model) else beside
@@ -69,7 +69,7 @@ def rows_mix(model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable, *, e
         "(batch norm in train mode, routing by batch statistics, or a loss divided by all tokens?); from now on every "
         "probe has a forward of its own",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return True
 
@@ -98,6 +98,7 @@ class FirstLook:
         others: InPlace | Streamed | None,
         heads: Sequence[nn.Module],
         planner: Planner,
+        shares: bool = False,
         **settings,
     ) -> None:
         """Look, unless it has been done.
@@ -107,6 +108,7 @@ class FirstLook:
             loss_fn: maps an expanded batch to one loss per row.
             eps: distance of a probe.
             others, heads, planner, settings: as for ``evaluate_probes``.
+            shares: blocks run once per example, which also counts on rows that do not mix.
 
         Raises:
             ValueError: a streamed parameter's stored value is read, which is not perturbed.
@@ -115,7 +117,7 @@ class FirstLook:
             return
         if isinstance(others, Streamed):
             check_streamed(others, batch, loss_fn, eps=eps)
-        if (others is None or heads) and planner.probes_per_forward != 1:
+        if (others is None or heads) and (shares or planner.probes_per_forward != 1):
             with others or nullcontext():
                 mix = rows_mix(model, batch, loss_fn, eps=eps, others=others, heads=heads, **settings)
             if mix is None:

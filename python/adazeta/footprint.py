@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .probes import Probes, probing
 from .scoring import trunk_of
+from .tokens import looking
 
 
 class LiveBytes(TorchDispatchMode):
@@ -29,10 +30,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), given)
+        given = {tensor.untyped_storage()._cdata for tensor in _strided((args, kwargs))}
+        for tensor in _strided(result):
+            self._count(tensor.untyped_storage(), given)
         return result
 
     def _count(self, storage, given: set[int]) -> None:
@@ -71,6 +71,15 @@ def forward_bytes(model: torch.nn.Module, rows: int, tokens: int, *, tt_model=No
     if "use_cache" in inspect.signature(trunk.forward).parameters:
         inputs["use_cache"] = False
     probes = nullcontext() if tt_model is None else probing(tt_model, Probes.of([0] * rows, [0.0] * rows, adapter))
-    with probes, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        trunk(**inputs)
+    token = looking.set(True)
+    try:
+        with probes, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+            trunk(**inputs)
+    finally:
+        looking.reset(token)
     return live.peak
+
+
+def _strided(tree) -> list[torch.Tensor]:
+    """The tensors in a tree that have memory to look at: packed weights have none."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]

@@ -172,13 +172,17 @@ def choose_dtype(eps: float) -> str:
 
 
 def _frozen_linears(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers without a trainable parameter, but for the output layer."""
+    """The linear layers without a trainable parameter, but for the output layer and those that must stay in float32 by
+    their family's own word: T5 looks at the weight of one in every forward."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = set(getattr(inner, "_keep_in_fp32_modules", None) or ()) & {"wo"}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         module
-        for module in model.modules()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
+        and not kept & set(name.split("."))
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
 

@@ -84,7 +84,9 @@ def available_bytes() -> int:
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     try:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(0, limit - used))
+        kinds = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cache = sum(int(kinds.get(name, 0)) for name in ("active_file", "inactive_file"))  # given up when asked for
+        found.append(max(0, limit - used + cache))
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         pass
     return min(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adazeta.errors import UserError
-from adazeta.memory import MIB, resident_bytes
+from adazeta.memory import MIB, available_bytes, resident_bytes
 from adazeta.report import facts
 from adazeta.runs import model_folder
 
@@ -31,7 +31,7 @@ def plan_memory(
         batch_size: examples in a step.
         tokens: length of the longest example.
         directions: ``"batch"``, ``"example"`` or groups, as in :class:`adazeta.ZerothOrder`.
-        memory_budget: bytes of a forward; None is half of what is free.
+        memory_budget: bytes of a forward; None is half of what is free beside the weights.
 
     Returns:
         ``libraries`` (a process that holds nothing yet), ``weights``, ``adapter``, ``forward`` and ``peak`` in bytes,
@@ -67,6 +67,8 @@ def plan_memory(
             raise UserError(f"{name}: {error}") from error
     rows = 1 if directions == "example" else batch_size if directions == "batch" else -(-batch_size // directions)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if memory_budget is None and device == "cpu":
+        memory_budget = max(1, (available_bytes() - weights) // 2)
     planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
     try:
         probes = planner.probes(rows, tokens, device)

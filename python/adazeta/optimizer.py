@@ -146,8 +146,8 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("on_divergence='rollback' needs the journal, which only one of the ranks has; use 'stop'")
         if ranks is not None and self.others:
             raise ValueError(
-                f"ranks share the training of an adapter alone: {next(iter(self.others))} would be perturbed in place, "
-                "and drift apart"
+                f"ranks share the training of an adapter alone, {next(iter(self.others))} trains too: freeze it, or "
+                "train in one process"
             )
         if ranks is not None and ranks.data > 1 and directions != "batch":
             raise ValueError(f"data is spread over ranks that share directions='batch', got {directions!r}")
@@ -226,10 +226,13 @@ class ZerothOrder(torch.optim.Optimizer):
         }
         losses_of, look = partial(loss_fn, self.model), self._first_look
         further = {"others": others, "heads": self._others.heads(self.model)}
-        look(self.model, batch, losses_of, eps=self.eps, **further, **settings)
+        shares = self.prefix is not None and bool(self.prefix.describe())
+        look(self.model, batch, losses_of, eps=self.eps, shares=shares, **further, **settings)
+        at_tokens = others is None and not look.rows_mix
+        at_tokens = at_tokens and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn, batch)
         shared = self.prefix.shared() if self.prefix is not None and not look.rows_mix else nullcontext()
         with self.tokens.counting(self.model), shared, others or nullcontext():
-            if others is None and not look.rows_mix and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn):
+            if at_tokens:
                 losses, rows = evaluate_probe_tokens(plan, batch, self.model, loss_fn, **settings)
             else:
                 if look.rows_mix:

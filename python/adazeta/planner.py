@@ -24,7 +24,8 @@ MOST_WIDTHS = 32
 class Planner:
     """Choose the number of probes in a forward, and fewer from then on when memory runs out all the same.
 
-    The choice depends on shapes and on the budget only, never on timing, so a repeated run takes the same forwards.
+    The choice depends on shapes and on the budget only, never on timing: with a budget of its own a repeated run takes
+    the same forwards.
 
     Args:
         model: what the forwards run; None leaves memory out of the choice.
@@ -51,7 +52,9 @@ class Planner:
         self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
+        self._asked_for = memory_budget is not None
         self._fitting: dict[tuple[int, int], int] = {}  # rows that fit, by rows wanted and tokens of a row
+        self._unknown = False  # the model does not run without numbers
         self._most_tokens: int | None = None  # learned by running out of memory
 
     def probes(self, rows: int, tokens: int, device: str = "cpu") -> int:
@@ -64,17 +67,30 @@ class Planner:
         Raises:
             ValueError: the memory budget is too small for one probe.
         """
-        knee = TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
-        wanted = self.probes_per_forward or max(1, knee // max(1, rows * tokens))
+        wanted = self.probes_per_forward or max(1, self._tokens(device) // max(1, rows * tokens))
         if self._most_tokens is not None:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
         fitting = self._rows_that_fit(wanted * rows, tokens, device)
+        if fitting < rows and not self._asked_for:  # nobody set this limit: memory may do all the same
+            return 1
         if fitting < rows:
             raise ValueError(
                 f"a memory budget of {self._budget(device) / MIB:,.1f} MiB is too small for one probe of {rows} rows "
                 f"of {tokens} tokens, {self._bytes(rows, tokens) / MIB:,.1f} MiB: raise it, or take a smaller batch"
             )
         return fitting // rows
+
+    def rows(self, tokens: int, device: str = "cpu") -> int:
+        """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.
+
+        Raises:
+            ValueError: the memory budget is too small for one.
+        """
+        most, self.probes_per_forward = self.probes_per_forward, None
+        try:
+            return self.probes(1, tokens, device)
+        finally:
+            self.probes_per_forward = most
 
     def run(
         self, forward: Callable[[int, int], torch.Tensor], first: int, last: int, tokens: int, unit: int = 1
@@ -106,6 +122,9 @@ class Planner:
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
 
+    def _tokens(self, device: str) -> int:
+        return TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
+
     def _budget(self, device: str) -> int:
         if self.memory_budget is None:
             # Asked once: later answers would count what forwards left behind.
@@ -117,6 +136,7 @@ class Planner:
         """The most rows of a forward within the budget, at most ``wanted``."""
         if self.model is None or wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device):
             return wanted
+        tokens = -(-tokens // 32) * 32  # every look-up takes a second for a large model
         if (wanted, tokens) not in self._fitting:
             rows = wanted
             while rows and (taken := self._bytes(rows, tokens)) > self._budget(device):
@@ -127,11 +147,25 @@ class Planner:
     def _bytes(self, rows: int, tokens: int) -> int:
         from .footprint import forward_bytes
 
-        return forward_bytes(self.model, rows, tokens, tt_model=self.tt_model, adapter=self.adapter)
+        if self._unknown:
+            return 0
+        try:
+            return forward_bytes(self.model, rows, tokens, tt_model=self.tt_model, adapter=self.adapter)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # A model may look at numbers, or know no way without them.
+            log.warning(
+                "the memory of a forward of %s is not known beforehand (%s): none is counted, and a forward that runs "
+                "out of it is taken in halves",
+                type(self.model).__name__,
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            )
+            self._unknown = True
+            return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception says that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    words = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in words)

@@ -10,7 +10,6 @@ and the model: found, missed, thrown out or read from disk, losses have the same
 a forward pass together: the same losses up to the rounding of matrix products of another height.
 """
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .forwards import forward_of
 from .prefix_identity import CannotShare, frozen_tensors, identity, marks
-from .tokens import told
+from .tokens import looking, told
 
 _log = logging.getLogger("adazeta")
 
@@ -83,7 +83,7 @@ class Prefix:
             return
         self._step.clear()
         try:
-            with _forward_of(self.backbone, self._forward):
+            with forward_of(self.backbone, self._forward):
                 yield True
         finally:
             self._step.clear()
@@ -158,6 +158,8 @@ class Prefix:
 
     def _forward(self, forward: Callable, *args, **kwargs):
         """Stand in for the backbone's ``forward``."""
+        if looking.get():
+            return forward(*args, **kwargs)
         inputs = dict(zip(inspect.signature(forward).parameters, args)) | kwargs
         try:
             rows = _rows_of(inputs)
@@ -242,7 +244,7 @@ class Prefix:
 
         with ExitStack() as stack:
             stack.enter_context(self._stand_ins(range(self.first), lambda other: hidden.to(other.device)))
-            stack.enter_context(_forward_of(embeddings, nothing))
+            stack.enter_context(forward_of(embeddings, nothing))
             return forward(**{**inputs, **self._no_cache(forward)})
 
     @contextmanager
@@ -325,19 +327,6 @@ def _rows_of(inputs: Mapping[str, Any]) -> _Rows:
             starts.append(start)
         index.append(order[key])
     return _Rows(distinct, names, index, starts, ids.shape[1], copies, mask.dtype if plain else None)
-
-
-@contextmanager
-def _forward_of(module: nn.Module, function: Callable) -> Iterator[None]:
-    """Let ``function(forward, ...)`` run where ``module.forward(...)`` would, inside the ``with`` statement."""
-    own = vars(module).get("forward")
-    module.forward = functools.partial(function, module.forward)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _first_tensor(output) -> torch.Tensor:

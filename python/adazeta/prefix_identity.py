@@ -65,7 +65,14 @@ def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
         if plain and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
             count = min(SAMPLES, tensor.numel())
             samples.append(tensor.detach().as_strided((count,), (tensor.numel() // count,)))
+    found.append(precision(next(iter(tensors.values())).device))
     return found, torch.cat([sample.to(samples[0].device) for sample in samples]).double().cpu()
+
+
+def precision(device: torch.device) -> list[str]:
+    """Return what decides, outside of the model, in which format it computes."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return [str(autocast), torch.get_float32_matmul_precision()]
 
 
 def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) -> str:
@@ -81,6 +88,7 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
         "torch": torch.__version__,
         "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "precision": precision(device),
     }
     for name in ("_name_or_path", "transformers_version"):
         about["config"].pop(name, None)

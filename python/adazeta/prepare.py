@@ -127,8 +127,9 @@ def _pack(model, gemm: str, say) -> str:
 
     if gemm == "auto":
         return frozen.pack_where_faster(model, TOKENS_PER_FORWARD["cpu"], say)
-    if gemm == "packed":
-        frozen.pack(model, TOKENS_PER_FORWARD["cpu"])
+    if gemm == "packed" and not frozen.pack(model, TOKENS_PER_FORWARD["cpu"]):
+        say("frozen linear layers plain: none of them can be packed here")
+        return "plain"
     return gemm
 
 

@@ -11,6 +11,7 @@ before it and itself, and is adapted with its own factors. A loss then costs one
 Blocks below the first adapter see the prompt alone (``adazeta.prefix``).
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .planner import Planner
+from .planner import Planner, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,25 @@ class CopiedPrompts:
         return cls(ids, position_ids, mask[:, None], copies)
 
 
-def can_use_probe_tokens(tt_model, adapter: str, loss_fn) -> bool:
-    """Whether the adapter acts on the last token alone and the loss knows how to score copies of it."""
-    return (
-        tt_model is not None
-        and tt_model.peft_config[adapter].positions == "last"
-        and getattr(loss_fn, "rows_per_example", 0) == 1
-        and hasattr(loss_fn, "losses_at_copies")
-    )
+def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, Any]) -> bool:
+    """Whether the adapter acts on the last token alone, the loss knows how to score copies of it, and the model takes
+    their positions and lets them see the whole prompt."""
+    if (
+        tt_model is None
+        or tt_model.peft_config[adapter].positions != "last"
+        or getattr(loss_fn, "rows_per_example", 0) != 1
+        or not hasattr(loss_fn, "losses_at_copies")
+    ):
+        return False
+    from .scoring import trunk_of  # which knows TTModel, which knows this file
+
+    trunk = trunk_of(tt_model.model)
+    config = trunk.config.get_text_config()
+    # The mask of the copies says who sees whom in every layer, also in those that see a window alone.
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window is not None and batch["input_ids"].shape[1] > window for window in windows):
+        return False
+    return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
 @torch.no_grad()
@@ -146,7 +158,6 @@ def evaluate_probe_tokens(
     unit = plan.rows_per_probe if plan.groups > 1 else 1
     ids = batch["input_ids"]
     copies = min(per_row, planner.probes_per_forward or per_row)
-    length = ids.shape[1] - 1 + copies
     rows_done = 0
 
     def forward(first_row: int, last_row: int) -> torch.Tensor:
@@ -172,12 +183,18 @@ def evaluate_probe_tokens(
     blocks: list[torch.Tensor] = []
     first_row = 0
     while first_row < len(ids):
-        if planner.probes_per_forward:
-            step = planner.probes_per_forward // copies
-        else:
-            step = planner.probes(1, length, ids.device.type)
+        length = ids.shape[1] - 1 + copies
+        step = planner.rows(length, ids.device.type)
+        if planner.probes_per_forward and plan.groups > 1:  # otherwise all rows share the copies
+            step = min(step, planner.probes_per_forward // copies * plan.rows_per_probe)
         last_row = min(first_row + max(unit, step - step % unit), len(ids))
-        blocks += planner.run(forward, first_row, last_row, length, unit)
+        try:
+            blocks += planner.run(forward, first_row, last_row, length, unit)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or copies == 1:
+                raise
+            copies = -(-copies // 2)  # rows alone are too much, with so many copies each
+            continue
         first_row = last_row
     losses = torch.cat(blocks).cpu()
     queries = per_row // len(plan.signs)

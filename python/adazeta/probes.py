@@ -109,10 +109,12 @@ def probes_per_forward(plan: Plan, batch: Mapping[str, Any], planner: Planner) -
 
 def tokens_of(batch: Mapping[str, Any]) -> tuple[int, str]:
     """Return the tokens of an example, of multiple choice with all its candidates, and the type of their device."""
-    tensor = next((batch[k] for k in ("input_ids", "inputs_embeds", "attention_mask") if k in batch), None)
-    if tensor is None:
-        tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
-    return tensor.shape[1:].numel(), tensor.device.type
+    for name in ("input_ids", "attention_mask", "inputs_embeds"):
+        if torch.is_tensor(tensor := batch.get(name)):
+            shape = tensor.shape[1:-1] if name == "inputs_embeds" else tensor.shape[1:]
+            return shape.numel(), tensor.device.type
+    tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
+    return 1, tensor.device.type  # an image, say: not known in tokens
 
 
 @contextmanager

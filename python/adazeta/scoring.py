@@ -52,6 +52,8 @@ def kind_of(model: nn.Module) -> str:
 def trunk_of(model: nn.Module) -> nn.Module:
     """Return the module inside ``model`` whose output the head reads: it turns token ids into hidden states."""
     inner = language_model(model)
+    if not hasattr(inner, "can_generate"):  # a pooled encoder of adazeta.heads
+        return inner.encoder
     return inner.get_decoder() if inner.can_generate() else inner.base_model
 
 

@@ -1,12 +1,13 @@
 """Classification heads that train: they run once per probe, on its rows, and all before them once for many probes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .forwards import forward_of
 from .heads import MeanPooled, head_modules
 
 
@@ -38,25 +39,19 @@ def probe_by_probe(heads: Sequence[nn.Module], others, probes: Sequence[tuple[in
         probes: seed and scale of each.
     """
 
-    def split(forward):
-        def at_each_probe(*args):
-            if args[0].shape[0] % len(probes):
-                raise ValueError(
-                    f"{len(probes)} probes are active, but a head gets {args[0].shape[0]} rows: dimension 0 of its "
-                    "input must be that of the batch"
-                )
-            outputs = []
-            for (seed, scale), *part in zip(probes, *(arg.chunk(len(probes)) for arg in args)):
-                others.move_to(seed, scale)
-                outputs.append(forward(*part))
-            return torch.cat(outputs)
+    def at_each_probe(forward, *args):
+        if args[0].shape[0] % len(probes):
+            raise ValueError(
+                f"{len(probes)} probes are active, but a head gets {args[0].shape[0]} rows: dimension 0 of its "
+                "input must be that of the batch"
+            )
+        outputs = []
+        for (seed, scale), *part in zip(probes, *(arg.chunk(len(probes)) for arg in args)):
+            others.move_to(seed, scale)
+            outputs.append(forward(*part))
+        return torch.cat(outputs)
 
-        return at_each_probe
-
-    for head in heads:
-        head.forward = split(head.forward)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for head in heads:
-            del head.forward
+            stack.enter_context(forward_of(head, at_each_probe))
+        yield

@@ -26,6 +26,8 @@ class RealTokens:
         return self.mask.sum() + (self.copies - 1) * len(self.mask) if self.copies else self.mask.sum()
 
 
+#: Whether a forward without numbers runs (``adazeta.footprint``): none that counts, and nobody may look at its ids.
+looking: ContextVar[bool] = ContextVar("adazeta_looking", default=False)
 _told: ContextVar[RealTokens | None] = ContextVar("real_tokens", default=None)
 
 
@@ -80,6 +82,8 @@ class TokenCount:
             handle.remove()
 
     def _count(self, module, args, kwargs):
+        if looking.get():
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs.get("inputs_embeds")

@@ -111,7 +111,8 @@ class ZOTrainer(Trainer):
         return sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        model.eval()  # dropout would differ between the two probes of a query
+        if model.training:
+            model.eval()  # dropout would differ between the two probes of a query
         inputs = self._prepare_inputs(inputs)
         optimizer = self.zeroth_order
         self._from_journal = optimizer.pending > 0

@@ -81,9 +81,9 @@ def test_families_that_cannot_share_say_so_once(model_type, caplog):
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in (*NOT_SHARED, *MASKED)])
 def test_shared_blocks_change_no_loss_of_probe_tokens(model_type, left):
     model = family(model_type, positions="last", **({"sites": ["out_proj"]} if model_type == "opt" else {}))
-    # The mask of copied prompts knows no sliding window (of four tokens in these families).
-    tokens = 4 if getattr(model.config, "sliding_window", None) else 7
-    compare(model, LABEL_WORDS, {**batch_for(model, 4, tokens, left=left), "labels": torch.arange(4) % 2})
+    # Families with a sliding window of four tokens take one row per probe where a prompt is longer.
+    for tokens in (4, 7):
+        compare(model, LABEL_WORDS, {**batch_for(model, 4, tokens, left=left), "labels": torch.arange(4) % 2})
 
 
 def blocks_of(model):

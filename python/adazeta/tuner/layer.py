@@ -73,6 +73,11 @@ class TTLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.positions[name] == "all":
             return self._adapt_rows(x, name)
+        if x.ndim != 3:  # OPT flattens rows and tokens before its MLP
+            raise ValueError(
+                f"an adapter with positions='last' needs rows and tokens apart, [rows, tokens, width], got "
+                f"{tuple(x.shape)}: leave this module out (sites=[...]), or use positions='all'"
+            )
         if isinstance(self.focus, ProbeTokens):
             first = x.shape[1] - self.focus.copies
             y = self.focus.to_rows(self._adapt_rows(self.focus.to_probes(x[:, first:]), name))

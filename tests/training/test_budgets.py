@@ -1,0 +1,135 @@
+"""A memory budget that has to be looked up, with everything else that a run may have at the same time."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from families import FAMILIES, adapted, batch_for
+from peft import get_peft_model
+from tiny import lm_batch, tiny_adapted
+from transformers import BertConfig, BertModel
+
+from adazeta import LabelWords, TTConfig, ZerothOrder, frozen, memory
+from adazeta.heads import MeanPooled
+from adazeta.losses import HeadScores, lm_loss
+from adazeta.planner import Planner
+from adazeta.probe_tokens import evaluate_probe_tokens
+from adazeta.probes import Plan, tokens_of
+
+LITTLE = 300_000  # bytes: fewer probes than the tokens would allow, more than one
+SIGNS = (1.0, -1.0)
+
+
+class Words:
+    pad_token_id = 0
+
+    def encode(self, word, add_special_tokens):
+        return [ord(word[-1]) % 40 + 2]
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "upper"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_changes_no_loss_in_any_family(family, packed, layers):
+    model = adapted(family, layers_to_transform=layers)
+    if packed:
+        frozen.pack(model, 64)
+    batch = batch_for(model, 4, 7)
+    losses, counts = [], []
+    for budget in (None, LITTLE):
+        step = ZerothOrder(model, queries=4, memory_budget=budget)
+        losses.append(step.estimate(lm_loss, batch))
+        counts.append((step.tokens.processed, step.tokens.real))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert counts[0] == counts[1]  # looking at a forward's memory is no forward
+
+
+def test_a_budget_of_a_pooled_encoder_and_of_a_model_that_is_no_transformer(caplog):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = BertModel(BertConfig(**sizes, intermediate_size=48))
+    head = get_peft_model(MeanPooled(encoder, 2).eval(), TTConfig(rank=2, bottleneck=8, sites=["output.dense"]))
+    batch = {"input_ids": torch.randint(2, 60, (4, 7)), "labels": torch.arange(4) % 2}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    ZerothOrder(head, queries=8, memory_budget=LITTLE).estimate(HeadScores(), batch)
+    assert not caplog.records
+    images = {"pixels": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 2}
+    assert tokens_of(images) == (1, "cpu")
+    assert tokens_of({"inputs_embeds": torch.randn(4, 9, 32)}) == (9, "cpu")
+    planner = Planner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), memory_budget=1000)
+    with caplog.at_level(logging.WARNING, logger="adazeta"):
+        assert [planner.probes(4, tokens) for tokens in (1, 1, 40)] == [64, 64, 1]
+    assert caplog.text.count("is not known beforehand") == 1
+
+
+def test_no_budget_of_ones_own_never_refuses(monkeypatch):
+    monkeypatch.setattr("adazeta.planner.available_bytes", lambda: 0)
+    assert Planner(tiny_adapted()).probes(4, 16) == 1
+
+
+def test_what_the_system_would_give_up_counts_as_free(monkeypatch, tmp_path):
+    texts = {"max": "1000000", "current": "999000", "stat": "anon 1000\nactive_file 300000\ninactive_file 500000\n"}
+    read = memory.Path.read_text
+
+    def read_text(path, *args, **kwargs):
+        name = str(path).removeprefix("/sys/fs/cgroup/memory.")
+        return texts[name] if name in texts else read(path, *args, **kwargs)
+
+    monkeypatch.setattr(memory.Path, "read_text", read_text)
+    assert memory.available_bytes() == 801_000
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_copies_are_halved_when_one_row_is_too_much(groups):
+    model, loss = tiny_adapted(noise=0.3, positions="last"), LabelWords(Words(), [" a", " b"])
+    batch = {**lm_batch(4, 7), "labels": torch.arange(4) % 2}
+    plan = Plan(list(range(4 * groups)), 0.1, SIGNS, groups, 4 // groups)
+
+    def losses(most):
+        def narrow(model, part, copies):
+            if part["input_ids"].shape[0] * copies > most:
+                raise torch.OutOfMemoryError("no room")
+            return loss.losses_at_copies(model, part, copies)
+
+        limited = copy.copy(loss)
+        limited.losses_at_copies = narrow
+        return evaluate_probe_tokens(plan, batch, model, limited, tt_model=model.base_model, adapter="default")[0]
+
+    torch.testing.assert_close(losses(8 // groups), losses(1000), atol=1e-6, rtol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        losses(0)
+
+
+def test_limited_copies_still_share_forwards_between_rows():
+    model, loss, seen = tiny_adapted(positions="last"), LabelWords(Words(), [" a", " b"]), []
+    batch = {**lm_batch(4, 7), "labels": torch.arange(4) % 2}
+    step = ZerothOrder(model, queries=4, probes_per_forward=4)
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    step.estimate(loss, batch)
+    assert seen[-2:] == [(4, 6 + 4)] * 2  # 8 probes in two forwards of all rows
+
+
+def test_kept_hidden_states_are_those_of_the_precision():
+    model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=[2])
+    step = ZerothOrder(model, queries=2, prefix_cache="memory")
+    with torch.autocast("cpu", torch.bfloat16):
+        step.estimate(lm_loss, lm_batch(4))
+    step.zero_grad()
+    fresh = ZerothOrder(model, queries=2, prefix_cache="memory")
+    assert step.estimate(lm_loss, lm_batch(4)) == fresh.estimate(lm_loss, lm_batch(4))
+
+
+@pytest.mark.parametrize("change", [frozen.mix, lambda model: frozen.pack(model, 64)], ids=["mix", "pack"])
+def test_the_layer_that_t5_asks_for_its_dtype_stays(change):
+    model = adapted("t5")
+    change(model)
+    kinds = {name.split(".")[-1 - name.endswith("base_layer")]: type(m) for name, m in model.named_modules()}
+    assert kinds["wo"] is torch.nn.Linear and kinds["wi_0"] in (frozen.MixedLinear, frozen.PackedLinear)
+
+
+def test_flattened_rows_have_no_last_token():
+    model = adapted("opt", positions="last")
+    with pytest.raises(ValueError, match="needs rows and tokens apart"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.long))
