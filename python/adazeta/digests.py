@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .frozen import named_parameters
+
 SAMPLES = 65_536  # numbers of a frozen tensor that its digest reads
 
 
@@ -38,7 +40,7 @@ def json_sha256(value) -> str:
 
 @torch.no_grad()
 def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) -> str:
-    """Return a digest of the frozen weights of ``model``, the same in float32 and in bfloat16.
+    """Return a digest of the frozen weights of ``model``, the same in float32 and bfloat16, packed or not.
 
     It covers name and shape of every parameter and, rounded to bfloat16, all of its numbers or ``SAMPLES`` evenly
     spaced ones: another checkpoint, size or fine-tuning is told apart in a second, a single changed number may not be.
@@ -49,7 +51,7 @@ def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) ->
     """
     left_out = {id(parameter) for parameter in trained}
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if id(parameter) in left_out or ".tt_theta." in name:
             continue
         digest.update(f"{name} {list(parameter.shape)}\n".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
+from collections.abc import Iterator
 from statistics import median
 
 import torch
@@ -39,6 +40,7 @@ class PackedLinear(nn.Linear):
     """
 
     packed: torch.Tensor
+    packed_for: int
     was: type[nn.Linear]
 
     @property
@@ -100,7 +102,8 @@ def pack(model: nn.Module, tokens: int) -> int:
         if _can_be_packed(module):
             packed = _reordered(module.weight.detach(), tokens)
             del module.weight
-            module.was, module.__class__, module.packed = type(module), PackedLinear, packed
+            module.was, module.__class__ = type(module), PackedLinear
+            module.packed, module.packed_for = packed, tokens
             count += 1
     _leave_file(model)
     return count
@@ -110,8 +113,22 @@ def unpack(layer: PackedLinear) -> None:
     """Make a packed layer what it was before, in place."""
     weight = layer.weight
     layer.__class__ = layer.was
-    del layer.packed, layer.was
+    del layer.packed, layer.packed_for, layer.was
+    bias = layer._parameters.pop("bias")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter("bias", bias)  # behind the weight again: the order is part of a digest
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters of ``model``, the weights of packed layers among them, in the order of the plain model."""
+    plain = {id(parameter): name for name, parameter in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        dot = "." if prefix else ""
+        if isinstance(module, PackedLinear):
+            yield f"{prefix}{dot}weight", module.weight
+        for name, parameter in module._parameters.items():
+            if plain.get(id(parameter)) == f"{prefix}{dot}{name}":  # a shared one has the name of its first place
+                yield f"{prefix}{dot}{name}", parameter
 
 
 def pack_where_faster(model: nn.Module, tokens: int = 256, say=lambda line: None) -> str:

@@ -8,6 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .frozen import PackedLinear
+
 SAMPLES = 16  # numbers of every tensor that are looked at before each estimate
 
 
@@ -84,6 +86,8 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
         "config": config.to_dict() if hasattr(config, "to_dict") else {},
         "attention": getattr(config, "_attn_implementation", None),
         "modules": [f"{name} {type(module).__qualname__}" for name, module in backbone.named_modules()],
+        # Products of another packing have other bits, though the numbers are the same.
+        "packed": [module.packed_for for module in backbone.modules() if isinstance(module, PackedLinear)],
         "first": first,
         "torch": torch.__version__,
         "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),

@@ -305,6 +305,22 @@ def test_a_journal_is_an_adapter(world, capsys, tmp_path):
     assert "cannot read the journal" in fails(capsys, "eval", folder / "base", "--journal", tmp_path / "none.azj")
 
 
+def test_the_journal_of_a_packed_run_serves_plain_models(world, capsys):
+    folder, _ = world
+    command = train_command(folder, "packed", "--steps", 2)
+    assert main(capsys, *command, "--gemm", "packed")[0] == 0
+    run = folder / "packed"
+    assert json.loads((run / "adazeta.json").read_text())["settings"]["gemm"] == "packed"
+    code, out, err = main(capsys, "predict", folder / "base", "a film", "--json", "--journal", run / "journal.azj")
+    assert (code, out) == (0, main(capsys, "predict", run, "a film", "--json")[1]), err
+    partial = Path(shutil.copytree(run, folder / "packed_plain.partial"))
+    resumed = [folder / "packed_plain" if part == str(run) else part for part in command]
+    code, out, err = main(capsys, *resumed, "--gemm", "plain", "--resume")  # its steps are all in the journal
+    assert code == 0 and not partial.exists(), err
+    names = ("journal.azj", "adapter_model.safetensors")
+    assert all((run / name).read_bytes() == (folder / "packed_plain" / name).read_bytes() for name in names)
+
+
 def test_journal_stats_and_diff(world, capsys, tmp_path):
     folder, _ = world
     run = folder / "run"

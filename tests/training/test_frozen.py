@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from adazeta import frozen
+from adazeta.digests import base_sha256
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -71,6 +72,22 @@ def test_packed_layers_let_gradients_pass_and_unpack_when_moved():
     assert isinstance(model[0], frozen.PackedLinear)
     model.double()
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, layer.weight.double())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_digest_covers_packed_weights_as_plain_ones(name):
+    plain = models()[name].requires_grad_(False)
+    mixed = copy.deepcopy(plain)
+    frozen.mix(mixed)
+    digest = base_sha256(plain)
+    for model in (plain, mixed):
+        packed = copy.deepcopy(model)
+        assert frozen.pack(packed, tokens=8) and base_sha256(packed) == digest
+        layer = next(m for m in packed.modules() if isinstance(m, frozen.PackedLinear))
+        frozen.unpack(layer)
+        assert base_sha256(packed) == digest
+        layer.weight[3, 4] += 1
+        assert frozen.pack(packed, tokens=8) == 1 and base_sha256(packed) != digest
 
 
 @pytest.mark.parametrize("change", [frozen.mix, lambda model: frozen.pack(model, tokens=8)])

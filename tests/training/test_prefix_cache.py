@@ -125,6 +125,15 @@ def test_another_base_model_gets_nothing_of_the_old_one(change, setting, tmp_pat
         assert len({path.parent for path in files(tmp_path)}) == 2
 
 
+def test_another_packing_of_the_same_weights_is_another_model(tmp_path):
+    for tokens in (None, 16, 16, 256):  # products of each have bits of their own
+        model = model_with()
+        if tokens:
+            pack(model.base_model.model, tokens=tokens)
+        train(optimizer("disk", model), BATCHES[:1])
+    assert len({path.parent for path in files(tmp_path)}) == 3
+
+
 def test_weights_above_the_first_adapter_do_not_matter():
     model = model_with(first=1)
     opt = optimizer("memory", model)
