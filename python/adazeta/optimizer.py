@@ -413,11 +413,14 @@ class ZerothOrder(torch.optim.Optimizer):
             "clipped": self.clipped,
             "run_seed": self.run_seed,
             "momentum": [m.clone() for m in self._momentum],
+            "settings": dict(self.defaults),
         }
         return {**super().state_dict(), "zeroth_order": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore what ``state_dict`` returned; of lr, momentum and weight decay what is set now, where it is new.
+
+        A new ``lr`` is scaled as a schedule had scaled the old one (a scheduler keeps rates of its own: ``base_lrs``).
 
         Raises:
             ValueError: the state belongs to another run seed or to other parameters.
@@ -429,6 +432,11 @@ class ZerothOrder(torch.optim.Optimizer):
         if own["momentum"] and [m.shape for m in own["momentum"]] != shapes:
             raise ValueError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        group, then = self.param_groups[0], own.get("settings", self.defaults)
+        group.update({name: value for name, value in self.defaults.items() if name != "lr" and value != then[name]})
+        if self.defaults["lr"] != then["lr"]:
+            group["lr"] = self.defaults["lr"] * (group["lr"] / then["lr"] if then["lr"] else 1.0)
+            group["initial_lr"] = self.defaults["lr"]
         self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
         self.dropped, self.clipped = own["dropped"], own["clipped"]
         self._counted = (self.rows, self.evaluations)

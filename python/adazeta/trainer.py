@@ -36,6 +36,9 @@ class ZOTrainer(Trainer):
         fsync_every: steps after which the journal is forced to the disk; 0 for only before checkpoints and at the end.
         **kwargs: those of ``transformers.Trainer``.
 
+    Raises:
+        ValueError: several processes or GPUs.
+
     ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
     finds again.
 
@@ -65,6 +68,11 @@ class ZOTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
+        if self.args.world_size > 1:
+            raise ValueError(
+                f"ZOTrainer is one process, got {self.args.world_size}, each of which would train a model of its own; "
+                "for many, give ZerothOrder(ranks=adazeta.distributed.Ranks()) a loop of your own"
+            )
         # First of all: what others write when training begins waits until the journal has been found to fit.
         self.callback_handler.callbacks.insert(0, _JournalCallback(self))
 
@@ -90,7 +98,7 @@ class ZOTrainer(Trainer):
         return self.optimizer
 
     def _steps_per_epoch(self) -> int:
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         try:
             return max(1, -(-len(self.train_dataset) // batch))
         except TypeError:  # a stream has no length: the whole run is one epoch
@@ -133,7 +141,7 @@ class ZOTrainer(Trainer):
     def open_journal(self) -> None:
         """Begin the journal, or go on with the one of the run that is resumed."""
         args, optimizer = self.args, self.zeroth_order
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         order = args.seed if args.data_seed is None else args.data_seed
         optimizer.write_journal(
             Path(make_folder(args.output_dir)) / JOURNAL_NAME,
@@ -192,10 +200,13 @@ class _JournalCallback(TrainerCallback):
     def __init__(self, trainer: ZOTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         optimizer = self.trainer.zeroth_order
+        if hasattr(lr_scheduler, "base_lrs"):  # a checkpoint holds those of the run that wrote it
+            lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         self.trainer._last_log = (time.perf_counter(), optimizer.rows)
-        if self.trainer.journal_wanted and state.is_world_process_zero:
+        if self.trainer.journal_wanted:
             self.trainer.open_journal()
 
 

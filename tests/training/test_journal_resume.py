@@ -61,6 +61,20 @@ def test_the_journal_is_the_truth_behind_the_checkpoint(tmp_path, checkpoint):
     assert (tmp_path / "cut" / NAME).read_bytes() == (tmp_path / "whole" / NAME).read_bytes()
 
 
+def test_a_state_keeps_what_a_schedule_set_and_gives_way_to_new_settings():
+    opt = optimizer()
+    opt.param_groups[0]["lr"] = 0.025  # a quarter of what it was made with
+    state = opt.state_dict()
+    for settings, expected in (
+        ({}, (0.025, 0.9, 0.1)),
+        ({"lr": 0.2}, (0.05, 0.9, 0.1)),
+        ({"momentum": 0.0, "weight_decay": 0.3}, (0.025, 0.0, 0.3)),
+    ):
+        again = optimizer(**settings)
+        again.load_state_dict(state)
+        assert tuple(again.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")) == expected
+
+
 def test_a_checkpoint_newer_than_its_journal_and_one_of_another_run(tmp_path):
     opt = optimizer()
     opt.write_journal(tmp_path / NAME)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from adazeta import AdaptiveQueries, UserError, ZOConfig, ZOTrainer
 from adazeta.grouped import LengthGrouped
-from adazeta.journal import NAME
+from adazeta.journal import NAME, steps
 from adazeta.replay import replay
 
 
@@ -80,6 +80,25 @@ def test_resume_is_bit_identical_to_no_interruption(tmp_path):
     assert second.state.log_history[-2]["rows"] == whole.state.log_history[-2]["rows"]
 
 
+def test_a_resumed_run_takes_the_settings_it_is_given(tmp_path):
+    trainer(tmp_path / "whole", lr_scheduler_type="cosine").train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer(tmp_path / "cut", lr_scheduler_type="cosine", callbacks=[Stop()]).train()
+    zo = ZOConfig(eps=0.05, queries=2, momentum=0.5)
+    again = trainer(tmp_path / "cut", lr_scheduler_type="cosine", learning_rate=0.05, weight_decay=0.2, zo=zo)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    before, after = list(steps(tmp_path / "whole" / NAME)), list(steps(tmp_path / "cut" / NAME))
+    assert [s.lr for s in after[:3]] == [s.lr for s in before[:3]]
+    assert [s.lr for s in after[3:]] == pytest.approx([s.lr / 2 for s in before[3:]], rel=1e-12)
+    assert [(s.momentum, s.weight_decay) for s in after] == [(0.9, 0.0)] * 3 + [(0.5, 0.2)] * 3
+    logs = [entry["learning_rate"] for entry in again.state.log_history if "loss" in entry]
+    assert logs[3:] == [s.lr for s in after[3:]]
+
+
 def test_a_run_resumed_at_its_last_step_makes_no_more(tmp_path):
     first = trainer(tmp_path)
     first.train()
@@ -97,8 +116,6 @@ def test_gradient_accumulation_uses_every_micro_batch(tmp_path):
     )
     run.train()
     assert run.zeroth_order.step_index == 2 and run.zeroth_order.rows == 2 * 2 * 4 * 3 * 2
-    from adazeta.journal import steps
-
     assert all(len(s.coefficients) == 2 * 4 * 3 and all(s.coefficients) for s in steps(tmp_path / NAME))
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert all(3 < loss < 6 for loss in losses)
@@ -154,6 +171,12 @@ def test_the_seed_is_honoured(tmp_path):
         run.train()
         thetas.append(run.model.base_model.theta())
     assert torch.equal(thetas[0], thetas[1]) and not torch.equal(thetas[0], thetas[2])
+
+
+def test_many_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"one process, got 2, .* adazeta.distributed.Ranks"):
+        trainer(tmp_path)
 
 
 def test_nan_in_the_base_model_is_named(tmp_path):
