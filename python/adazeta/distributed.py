@@ -64,6 +64,8 @@ class Ranks:
         if check_every < 1:
             raise ValueError(f"check_every must be at least 1, got {check_every}")
         self.data, self.columns, self.check_every = data, self.size // data, check_every
+        # A group of NCCL alone carries what is on the GPU. Untested: no machine with one was at hand.
+        self._device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
     def queries(self, number: int, rank: int | None = None) -> range:
         """Return the queries (of each group) that a rank, by default this one, probes; maybe none."""
@@ -98,9 +100,8 @@ class Ranks:
         head = (rows_per_probe, float(finite.sum()), len(finite), rows, losses.numel(), digest)
         message[:_HEAD] = torch.tensor(head, dtype=torch.float64)
         message[_HEAD : _HEAD + len(own)] = own
-        received = [torch.empty_like(message) for _ in range(self.size)]
-        dist.all_gather(received, message, group=self.group)
-        heads = torch.stack([part[:_HEAD] for part in received])
+        received = self._exchange(message)
+        heads = received[:, :_HEAD]
         self._check(heads, step)
         total = torch.zeros(groups, queries, signs, dtype=torch.float64)
         for rank, part in enumerate(received):
@@ -111,6 +112,23 @@ class Ranks:
         number = heads[:, 2].sum()
         loss = float(heads[:, 1].sum() / number) if number else float("nan")
         return Gathered(total, examples, loss, int(heads[:, 3].sum()), int(heads[:, 4].sum()))
+
+    def same_batch(self, examples: int, step: int) -> None:
+        """Check that the batches of all ranks are equally large, where the length of a message depends on that.
+
+        Raises:
+            RuntimeError: they are not.
+        """
+        sizes = self._exchange(torch.tensor([examples])).flatten().tolist()
+        if len(set(sizes)) > 1:
+            raise RuntimeError(f"step {step}: ranks that share queries got batches of {[sizes]} examples")
+
+    def _exchange(self, message: torch.Tensor) -> torch.Tensor:
+        """Return the messages of all ranks, ``[ranks, length]``; all have to be of one length."""
+        message = message.to(self._device)
+        received = [torch.empty_like(message) for _ in range(self.size)]
+        dist.all_gather(received, message, group=self.group)
+        return torch.stack(received).cpu()
 
     def _check(self, heads: torch.Tensor, step: int) -> None:
         digests = heads[:, 5].tolist()
@@ -158,20 +176,29 @@ def open_journal(optimizer, path: str | os.PathLike, resume: bool = False, **key
 
     Raises:
         UserError: the journal cannot be used (on every rank), or ranks disagree.
+        RuntimeError: rank 0 failed in another way.
     """
     ranks = optimizer.ranks
     ranks.agree(optimizer)
-    error = content = None
+    content = failure = told = None
     if ranks.rank == 0:
         try:
             optimizer.write_journal(path, resume, **keywords)
             found = read(path)
-            content = found.steps, found.header
-        except UserError as caught:
-            error = caught
-    error = ranks.share(str(error) if error else None)
-    if error:
-        raise UserError(error)
-    steps, header = ranks.share(content)
+            content = found.steps, found.header, [t.cpu() for t in optimizer.trainable().tensors]
+        except Exception as error:  # of any kind: the others wait to be told
+            failure = error
+            kind = UserError if isinstance(error, UserError) else RuntimeError
+            told = kind, f"rank 0: {type(error).__name__}: {error}"
+    content, told = ranks.share((content, told))
+    if failure is not None:
+        raise failure
+    if told is not None:
+        kind, text = told
+        raise kind(text)
     if ranks.rank:
+        steps, header, numbers = content
+        with torch.no_grad():
+            for own, first in zip(optimizer.trainable().tensors, numbers):  # the journal may begin with others
+                own.copy_(first)
         optimizer.take_up(steps, header)

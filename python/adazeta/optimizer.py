@@ -187,6 +187,8 @@ class ZerothOrder(torch.optim.Optimizer):
             return self._recorded[self.step_index].loss
         examples = batch_size(batch)
         groups = self._groups(examples)
+        if self.ranks and self.directions != "batch":
+            self.ranks.same_batch(examples, self.step_index)
         queries = self.queries(self.step_index, self.steps_per_epoch)
         seeds = derive_seeds(self.run_seed, self.step_index, self._seeds_used + queries * groups)[self._seeds_used :]
         mine = self.ranks.queries(queries) if self.ranks else range(queries)

@@ -156,6 +156,49 @@ def test_ranks_that_were_killed_rejoin_from_the_journal(tmp_path):
     assert {torch.load(tmp_path / f"rank-{rank}") for rank in range(2)} == {one.fingerprint()}
 
 
+def test_all_ranks_begin_with_the_numbers_of_the_journal(tmp_path):
+    whole = ZerothOrder(tiny_adapted(noise=0.2), queries=2, **SETTINGS)
+    whole.write_journal(tmp_path / NAME)
+    train(whole)
+    whole.journal.close()
+    model = tiny_adapted()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(check_every=1), queries=2, **SETTINGS)
+        open_journal(opt, tmp_path / NAME, resume=True)
+        assert train(opt).fingerprint() == whole.fingerprint()
+        opt.estimate(losses_one_by_one, lm_batch(4))  # compares digests
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind", "message"),
+    [({"resume": True}, UserError, "cannot open the journal"), ({"about": {"x": {1}}}, Exception, "serializable")],
+)
+def test_what_goes_wrong_on_rank_0_is_raised_on_all(tmp_path, keywords, kind, message):
+    model = tiny_adapted()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(), queries=2, **SETTINGS)
+        with pytest.raises(kind, match=message if rank == 0 else f"rank 0: .*{message}"):
+            open_journal(opt, tmp_path / NAME, **keywords)
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
+@pytest.mark.parametrize("directions", ["example", 3])
+def test_batches_of_different_sizes_are_named(tmp_path, directions):
+    model = tiny_adapted()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(), queries=2, directions=directions, **SETTINGS)
+        with pytest.raises(RuntimeError, match=r"step 0: ranks .* got batches of \[\[3, 4\]\] examples"):
+            opt.estimate(losses_one_by_one, lm_batch(3 + rank))
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
 def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
     def work(rank):
         sent, gather = [], dist.all_gather
