@@ -14,6 +14,7 @@ import numpy as np
 from adazeta_kernels import TTAdapterLayout
 
 from .errors import JournalError
+from .estimator import DIFFERENCES
 from .update import Step
 
 MAGIC, VERSION = b"AZJ2", 2
@@ -200,8 +201,19 @@ def _is_init(value) -> bool:
         return True
     if not _is(value, dict) or value.get("init") not in ("identity", "paper"):
         return False
-    gain = value.get("gain")
-    return isinstance(gain, (int, float)) and abs(gain) < float("inf") and _is_seed(value.get("seed"))
+    return _is_number(value.get("gain")) and _is_seed(value.get("seed"))
+
+
+def _is_number(value) -> bool:
+    """Tell whether a value is a number of float32's range; JSON knows integers beyond any float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2.0**127
+
+
+def _is_config(value) -> bool:
+    if not _is(value, dict) or value.get("perturb") != "in-place":
+        return _is(value, dict)
+    eps = value.get("eps")  # a replay goes to the probes again
+    return _is_number(eps) and eps > 0 and value.get("difference") in DIFFERENCES
 
 
 def _is_seed(value) -> bool:
@@ -219,7 +231,7 @@ _KEYS = {
     "initial_sha256": lambda value: _is(value, str),
     "base_sha256": lambda value: _is(value, str),
     "adapter": lambda value: value is None or _is(value, dict),
-    "config": lambda value: _is(value, dict),
+    "config": _is_config,
     "about": lambda value: _is(value, dict),
     "software": lambda value: _is(value, dict),
 }
@@ -240,6 +252,8 @@ def check_header(header, path: Path) -> None:
             raise JournalError(f"the header of {path}: {key} cannot be {shown(header, key)}", key=key)
     if header["sites"] and header["init"] is None:
         raise JournalError(f"the header of {path}: init is missing, though there are adapters", key="init")
+    if header["config"].get("perturb") == "in-place" and not header["params"]:
+        raise JournalError(f"the header of {path}: params are missing, though some move in place", key="params")
 
 
 def difference(found: dict, expected: dict) -> str:

@@ -8,7 +8,7 @@ import torch
 from . import __version__
 from .digests import base_sha256, sha256_of
 from .journal_format import VERSION
-from .replay import rebuild_initial
+from .replay import MOST_NUMBERS, rebuild_initial
 
 _NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
 
@@ -51,7 +51,7 @@ def describe_run(
     initial = {_saved_name(name, optimizer.adapter): p.data for name, p in optimizer.others.items()}
     if optimizer.tt_model:
         theta = optimizer.tt_model.theta(optimizer.adapter)
-        if not torch.equal(rebuild_initial(header), theta.cpu()):
+        if theta.numel() > MOST_NUMBERS or not torch.equal(rebuild_initial(header), theta.cpu()):
             initial["theta"] = theta
     header["initial"] = "file" if initial else "seed"
     return header, initial

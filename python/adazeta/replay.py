@@ -15,10 +15,13 @@ from .digests import crc_of, sha256_of
 from .errors import JournalError, UserError
 from .in_place import Drift
 from .journal import INITIAL_NAME, NAME, read
+from .others import DTYPES
 from .tuner.init import initial_theta
 from .update import Step, Trainable, apply_step
 
-MOST_NUMBERS = 2**31  # of an adapter that a header alone makes: a damaged or hostile one must not fill the memory
+# Of adapters that a header alone makes, a GiB: a hostile one of a few hundred bytes must not fill the memory. A run of
+# more numbers keeps its initial ones in a file.
+MOST_NUMBERS = 2**28
 _SEEDS_AT_ONCE = 1 << 16
 
 
@@ -47,11 +50,12 @@ def rebuild_initial(header: dict) -> torch.Tensor:
         raise JournalError(
             f"the journal's sites hold {numbers:,} numbers, more than {MOST_NUMBERS:,}; is it damaged?", key="sites"
         )
-    parts, offset, init = [], 0, header["init"]
+    theta, offset, init = torch.empty(numbers), 0, header["init"]
     for layout in layouts:
-        parts.append(initial_theta(layout, init=init["init"], gain=init["gain"], seed=init["seed"], offset=offset))
+        own = theta[offset : offset + layout.numel]
+        initial_theta(layout, init=init["init"], gain=init["gain"], seed=init["seed"], offset=offset, out=own)
         offset += layout.numel
-    return torch.cat(parts) if parts else torch.empty(0)
+    return theta
 
 
 def decayed_views(theta: torch.Tensor, layouts: Sequence[TTAdapterLayout]) -> list[torch.Tensor]:
@@ -93,18 +97,19 @@ def initial_values(header: dict, path: Path, device: str | torch.device = "cpu")
     tensors: dict[str, torch.Tensor] = {}
     flat, decayed = [], []
     if header["sites"]:
-        theta = (stored["theta"] if "theta" in stored else rebuild_initial(header)).to(device)
         layouts = [TTAdapterLayout.decode(site["layout"]) for site in header["sites"]]
-        offset = 0
+        if "theta" in stored:
+            theta = _checked(stored, "theta", [sum(layout.numel for layout in layouts)], path)
+        else:
+            theta = rebuild_initial(header)
+        theta, offset = theta.to(device), 0
         for site, layout in zip(header["sites"], layouts):
             tensors[site["name"]] = theta[offset : offset + layout.numel]
             offset += layout.numel
         decayed += decayed_views(theta, layouts)
         flat.append(theta)
     for parameter in header["params"]:
-        if parameter["name"] not in stored:
-            raise JournalError(f"{path.with_name(INITIAL_NAME)} has no {parameter['name']!r}", key=parameter["name"])
-        tensor = stored[parameter["name"]].to(device)
+        tensor = _checked(stored, parameter["name"], parameter["shape"], path).to(device)
         tensors[parameter["name"]] = tensor
         flat.append(tensor)
         if parameter["decayed"]:
@@ -115,6 +120,17 @@ def initial_values(header: dict, path: Path, device: str | torch.device = "cpu")
             key="initial_sha256",
         )
     return Replayed(tensors, Trainable(flat, decayed), 0, header)
+
+
+def _checked(stored: dict[str, torch.Tensor], name: str, shape: list[int], path: Path) -> torch.Tensor:
+    found = stored.get(name)
+    allowed = (torch.float32,) if name == "theta" else DTYPES
+    if found is None or list(found.shape) != shape or found.dtype not in allowed:
+        what = "nothing" if found is None else f"{found.dtype} of shape {list(found.shape)}"
+        raise JournalError(
+            f"{path.with_name(INITIAL_NAME)} holds {what} as {name!r}, expected numbers of shape {shape}", key=name
+        )
+    return found
 
 
 def _stored_values(header: dict, path: Path) -> dict[str, torch.Tensor]:

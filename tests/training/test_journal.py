@@ -9,7 +9,7 @@ import zlib
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import lm_batch, tiny_adapted
 
 from adazeta import UserError, ZerothOrder
@@ -200,15 +200,49 @@ def test_another_version_and_hostile_headers_are_named(tmp_path):
         ("sites", [{"name": "x", "layout": [1, 2, 3]}]),
         ("params", [{"name": "w", "shape": [-1], "decayed": True}]),
         ("init", {"init": "identity", "gain": float("inf"), "seed": 0}),
+        ("init", {"init": "identity", "gain": 10**400, "seed": 0}),
+        ("config", {"perturb": "in-place"}),
+        ("config", {"perturb": "in-place", "difference": "central", "eps": 10**400}),
+        ("config", {"perturb": "in-place", "difference": "both", "eps": 0.1}),
     ):
         path.write_bytes(header_bytes({**header, key: value})[0])
         with pytest.raises(JournalError, match=f": {key} cannot be ") as caught:
             read(path)
         assert caught.value.key == key
-    big = TTAdapterLayout.auto(2**20, 2**10, 2**10).encode()
-    path.write_bytes(header_bytes({**header, "sites": [{"name": "x", "layout": big}] * 10})[0])
-    with pytest.raises(JournalError, match="numbers, more than"):
+    in_place = {"perturb": "in-place", "difference": "central", "eps": 0.1}
+    path.write_bytes(header_bytes({**header, "config": in_place})[0])
+    with pytest.raises(JournalError, match="params are missing"):
+        read(path)
+
+
+def test_a_header_alone_makes_a_gib_and_no_more(tmp_path, monkeypatch):
+    train(tmp_path, steps_to_do=1)
+    path = tmp_path / NAME
+    header, layout = read(path).header, TTAdapterLayout.auto(2**20, 2**10, 2**10)
+    assert 2**28 < layout.numel < 2**29
+    monkeypatch.setattr("adazeta.replay.initial_theta", lambda *a, **k: pytest.fail("numbers were made"))
+    path.write_bytes(header_bytes({**header, "sites": [{"name": "x", "layout": layout.encode()}]})[0])
+    with pytest.raises(JournalError, match="numbers, more than 268,435,456"):
         replay(tmp_path)
+
+
+def test_more_numbers_than_a_header_makes_are_kept_in_a_file(tmp_path, monkeypatch):
+    for module in ("replay", "recording"):
+        monkeypatch.setattr(f"adazeta.{module}.MOST_NUMBERS", 100)
+    model, _ = train(tmp_path)
+    assert (tmp_path / INITIAL_NAME).exists() and torch.equal(
+        replay(tmp_path).trainable.tensors[0], model.base_model.theta()
+    )
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.double(), lambda t: t[None]])
+def test_initial_values_of_another_shape_or_kind_are_named(tmp_path, change):
+    train(tmp_path, noise=0.2)
+    values = load_file(tmp_path / INITIAL_NAME)
+    save_file({name: change(value).contiguous() for name, value in values.items()}, tmp_path / INITIAL_NAME)
+    with pytest.raises(JournalError, match="as 'theta', expected numbers of shape") as caught:
+        replay(tmp_path)
+    assert caught.value.key == "theta"
 
 
 def framed(body):
@@ -260,8 +294,6 @@ def test_no_journal_and_foreign_files(tmp_path):
 def test_initial_values_of_another_run_are_refused(tmp_path):
     train(tmp_path, noise=0.2)
     values = load_file(tmp_path / INITIAL_NAME)
-    from safetensors.torch import save_file
-
     save_file({k: v + 1 for k, v in values.items()}, tmp_path / INITIAL_NAME)
     with pytest.raises(UserError, match="differ from those of the run"):
         replay(tmp_path)

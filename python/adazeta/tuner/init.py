@@ -19,7 +19,9 @@ def core_stds(shape: TTShape, gain: float) -> list[float]:
     return [stds[0] * gain, *stds[1:]]
 
 
-def initial_theta(layout: TTAdapterLayout, *, init: str, gain: float, seed: int, offset: int) -> torch.Tensor:
+def initial_theta(
+    layout: TTAdapterLayout, *, init: str, gain: float, seed: int, offset: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the initial numbers of one adapter, ``[layout.numel]`` float32.
 
     Args:
@@ -30,8 +32,9 @@ def initial_theta(layout: TTAdapterLayout, *, init: str, gain: float, seed: int,
         seed: direction whose normals are scaled by :func:`core_stds`.
         offset: index of the adapter's first number in ``theta``; it selects the part of the direction, so the numbers
             depend on the adapter's place and not on the order of construction.
+        out: written and returned, ``[layout.numel]`` float32; None makes it.
     """
-    theta = torch.empty(layout.numel)
+    theta = torch.empty(layout.numel) if out is None else out
     fill_normal_(theta, seed, offset=offset)
     stds = core_stds(layout.down, gain) + core_stds(layout.up, 1.0)
     if init == "identity":
