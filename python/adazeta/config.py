@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .estimator import probe_signs
+
 
 @dataclass
 class ZOConfig:
@@ -44,3 +46,24 @@ class ZOConfig:
     share_prefix: bool = True
     prefix_cache: str = "auto"
     perturb: str = "streamed"
+
+
+def check_update(lr: float, momentum: float, weight_decay: float) -> None:
+    """Check the settings of an update; a ``ValueError`` names what is out of its range."""
+    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+        raise ValueError(
+            f"expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got {lr=}, {weight_decay=}, {momentum=}"
+        )
+
+
+def check_probes(eps: float, directions: str | int, difference: str, distribution: str, run_seed: int) -> None:
+    """Check the settings that decide where the probes are; a ``ValueError`` names what is out of its range."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if directions not in ("batch", "example") and not (isinstance(directions, int) and directions >= 1):
+        raise ValueError(f"directions must be 'batch', 'example' or a number of groups, got {directions!r}")
+    probe_signs(difference)
+    if distribution not in ("gaussian", "rademacher"):
+        raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {distribution!r}")
+    if not 0 <= run_seed < 2**64:
+        raise ValueError(f"run_seed must be in [0, 2**64), got {run_seed}")

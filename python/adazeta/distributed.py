@@ -22,6 +22,7 @@ from .errors import UserError
 from .journal import read
 from .journal_format import difference, shown
 from .recording import describe_run
+from .update import Trainable
 
 _HEAD = 6  # numbers ahead of those of the queries: rows of a probe, loss sum, finite losses, rows, losses, digest
 
@@ -139,6 +140,18 @@ class Ranks:
         if (sizes != sizes[:, :1]).any():
             raise RuntimeError(f"step {step}: ranks that share queries got batches of {sizes.int().tolist()} examples")
 
+    def check(self, optimizer) -> None:
+        """Check that many ranks can do what the settings of ``optimizer`` ask for; a ``ValueError`` says what not."""
+        if optimizer.guard.policy == "rollback":
+            raise ValueError("on_divergence='rollback' needs the journal, which only one of the ranks has; use 'stop'")
+        if optimizer.others:
+            raise ValueError(
+                f"ranks share the training of an adapter alone, {next(iter(optimizer.others))} trains too: freeze it, or "
+                "train in one process"
+            )
+        if self.data > 1 and optimizer.directions != "batch":
+            raise ValueError(f"data is spread over ranks that share directions='batch', got {optimizer.directions!r}")
+
     def agree(self, optimizer) -> None:
         """Check that all ranks run the same code with the same settings on the same weights.
 
@@ -185,7 +198,9 @@ def open_journal(optimizer, path: str | os.PathLike, resume: bool = False, **key
         try:
             optimizer.write_journal(path, resume, **keywords)
             found = read(path)
-            content = found.steps, found.header, [t.cpu() for t in optimizer.trainable().tensors]
+            own = optimizer.trainable()
+            numbers = Trainable([t.cpu() for t in own.tensors], [], [m.cpu() for m in own.momentum])
+            content = found.steps, found.header, numbers
         except Exception as error:  # of any kind: the others wait to be told
             failure = error
             kind = UserError if isinstance(error, UserError) else RuntimeError
@@ -198,7 +213,5 @@ def open_journal(optimizer, path: str | os.PathLike, resume: bool = False, **key
         raise kind(text)
     if ranks.rank:
         steps, header, numbers = content
-        with torch.no_grad():
-            for own, first in zip(optimizer.trainable().tensors, numbers):  # the journal may begin with others
-                own.copy_(first)
+        optimizer.take(numbers)  # the journal may begin with others
         optimizer.take_up(steps, header)

@@ -12,8 +12,9 @@ import torch
 from adazeta_kernels import derive_seeds
 
 from .assets import cache_dir
+from .config import check_probes, check_update
 from .digests import crc_of, sha256_of
-from .errors import Diverged, JournalError
+from .errors import Diverged
 from .estimator import coefficients, probe_signs, projected_gradients
 from .first_look import FirstLook
 from .guards import Guard
@@ -24,9 +25,9 @@ from .planner import Planner
 from .prefix import Prefix
 from .prefix_cache import cache_of
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
-from .probes import Plan, batch_size, evaluate_probes
-from .recording import describe_run
-from .replay import decayed_views, initial_values, redo_estimates, replay
+from .probes import Plan, batch_size, evaluate_probes, groups_of
+from .recording import record_run
+from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
 from .tokens import TokenCount
 from .update import Step, Trainable, apply_step
@@ -102,19 +103,8 @@ class ZerothOrder(torch.optim.Optimizer):
         on_divergence: str = "stop",
         ranks=None,
     ):
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps}")
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(
-                f"expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got {lr=}, {weight_decay=}, {momentum=}"
-            )
-        if directions not in ("batch", "example") and not (isinstance(directions, int) and directions >= 1):
-            raise ValueError(f"directions must be 'batch', 'example' or a number of groups, got {directions!r}")
-        if not 0 <= run_seed < 2**64:
-            raise ValueError(f"run_seed must be in [0, 2**64), got {run_seed}")
-        if distribution not in ("gaussian", "rademacher"):
-            raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {distribution!r}")
-        probe_signs(difference)
+        check_update(lr, momentum, weight_decay)
+        check_probes(eps, directions, difference, distribution, run_seed)
         coefficients(torch.zeros(1), combine=combine, floor=floor, clip=clip)
         self.model, self.eps, self.queries = model, eps, as_schedule(queries)
         self.directions, self.difference, self.distribution = directions, difference, distribution
@@ -142,15 +132,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
         self.guard, self.ranks = Guard(on_divergence), ranks
-        if ranks is not None and on_divergence == "rollback":
-            raise ValueError("on_divergence='rollback' needs the journal, which only one of the ranks has; use 'stop'")
-        if ranks is not None and self.others:
-            raise ValueError(
-                f"ranks share the training of an adapter alone, {next(iter(self.others))} trains too: freeze it, or "
-                "train in one process"
-            )
-        if ranks is not None and ranks.data > 1 and directions != "batch":
-            raise ValueError(f"data is spread over ranks that share directions='batch', got {directions!r}")
+        if ranks is not None:
+            ranks.check(self)
         self.journal: Journal | None = None
         self._recorded: list[Step] = []  # of a journal that is resumed; those from step_index on are still to be done
         self._mean_losses: list[float] = []
@@ -186,7 +169,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.pending:
             return self._recorded[self.step_index].loss
         examples = batch_size(batch)
-        groups = self._groups(examples)
+        groups = groups_of(self.directions, examples)
         if self.ranks and self.directions != "batch":
             self.ranks.same_batch(examples, self.step_index)
         queries = self.queries(self.step_index, self.steps_per_epoch)
@@ -305,7 +288,7 @@ class ZerothOrder(torch.optim.Optimizer):
             apply_step(trainable, step, self.run_seed, self.distribution)
             self._momentum = trainable.momentum
         else:
-            self._take(replay(self.journal.path, step.back_to, repair=True).trainable)
+            self.take(replay(self.journal.path, step.back_to, repair=True).trainable)
         self.guard.observe(step)
         self.dropped += step.dropped
         self.clipped += step.clipped
@@ -314,7 +297,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._counted = (self.rows, self.evaluations)
         self.zero_grad()
 
-    def _take(self, source: Trainable) -> None:
+    def take(self, source: Trainable) -> None:
         """Copy the numbers and the momentum of ``source``."""
         target = self.trainable()
         for own, other in zip(target.tensors, source.tensors):
@@ -331,14 +314,6 @@ class ZerothOrder(torch.optim.Optimizer):
         self._seeds_used = 0
         self._projected = []
         self._mean_losses = []
-
-    def _groups(self, examples: int) -> int:
-        if self.directions == "batch":
-            return 1
-        if self.directions == "example":
-            return examples
-        # The last batch of an epoch may be smaller: the most groups that divide it evenly.
-        return max(g for g in range(1, min(self.directions, examples) + 1) if examples % g == 0)
 
     def write_journal(
         self,
@@ -366,26 +341,8 @@ class ZerothOrder(torch.optim.Optimizer):
             UserError: another process writes to it, or it can't be read or written.
             JournalError: to resume, it is damaged, of another run, or ends before ``step_index``.
         """
-        header, initial = describe_run(self, identity, about)
-        if not resume:
-            if self.step_index:
-                raise ValueError(f"a journal begins at step 0, the optimizer is at step {self.step_index}")
-            self.journal, self._recorded = Journal.create(path, header, initial, fsync_every=fsync_every), []
-            return self.journal
-        self.journal, self._recorded = Journal.resume(path, header, fsync_every=fsync_every)
-        try:
-            if len(self._recorded) < self.step_index:
-                raise JournalError(
-                    f"{path} holds {len(self._recorded)} steps, but the checkpoint is at step {self.step_index}; take "
-                    "an earlier checkpoint, or none: the journal makes its steps again"
-                )
-            if self.step_index == 0 and self.journal.header["initial_sha256"] != header["initial_sha256"]:
-                self._take(initial_values(self.journal.header, self.journal.path).trainable)
-            self.take_up(self._recorded, self.journal.header)
-        except BaseException:
-            self.journal.close()
-            self.journal, self._recorded = None, []
-            raise
+        self.journal, recorded = record_run(self, path, resume, identity, about, fsync_every)
+        self.take_up(recorded, self.journal.header)
         return self.journal
 
     def take_up(self, steps: list[Step], header: dict) -> None:

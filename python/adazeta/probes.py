@@ -78,6 +78,16 @@ class Plan:
         return self.seeds[query], self.eps * self.signs[sign], range(first, first + self.rows_per_probe)
 
 
+def groups_of(directions: str | int, examples: int) -> int:
+    """Return the number of groups that a batch is cut into, each with directions of its own."""
+    if directions == "batch":
+        return 1
+    if directions == "example":
+        return examples
+    # The last batch of an epoch may be smaller: the most groups that divide it evenly.
+    return max(g for g in range(1, min(directions, examples) + 1) if examples % g == 0)
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of examples: dimension 0 of the batch's tensors, which must agree."""
     sizes = {name: value.shape[0] for name, value in batch.items() if torch.is_tensor(value) and value.ndim}

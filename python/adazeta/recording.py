@@ -1,16 +1,48 @@
-"""What a journal's header says about a run, so that a replay needs neither the base model nor the data."""
+"""A run's journal is opened, with a header that says all that a replay needs besides: no base model and no data."""
 
 import platform
+from pathlib import Path
 
 import numpy
 import torch
 
 from . import __version__
 from .digests import base_sha256, sha256_of
+from .errors import JournalError
+from .journal import Journal
 from .journal_format import VERSION
-from .replay import MOST_NUMBERS, rebuild_initial
+from .replay import MOST_NUMBERS, initial_values, rebuild_initial
+from .update import Step
 
 _NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+
+
+def record_run(
+    optimizer, path: str | Path, resume: bool, identity: dict | None, about: dict | None, fsync_every: int
+) -> tuple[Journal, list[Step]]:
+    """Begin or go on with the journal of ``optimizer``'s run; return it and the steps that it holds.
+
+    An optimizer at step 0 takes the numbers that the journal begins with. Arguments and errors are those of
+    ``ZerothOrder.write_journal``.
+    """
+    header, initial = describe_run(optimizer, identity, about)
+    if not resume:
+        if optimizer.step_index:
+            raise ValueError(f"a journal begins at step 0, the optimizer is at step {optimizer.step_index}")
+        return Journal.create(path, header, initial, fsync_every=fsync_every), []
+    journal, recorded = Journal.resume(path, header, fsync_every=fsync_every)
+    try:
+        if len(recorded) < optimizer.step_index:
+            raise JournalError(
+                f"{path} holds {len(recorded)} steps, but the checkpoint is at step {optimizer.step_index}; take an "
+                "earlier checkpoint, or none: the journal makes its steps again"
+            )
+        if optimizer.step_index == 0 and journal.header["initial_sha256"] != header["initial_sha256"]:
+            optimizer.take(initial_values(journal.header, journal.path).trainable)
+    except BaseException:
+        journal.close()
+        raise
+    return journal, recorded
 
 
 def describe_run(
