@@ -1,4 +1,4 @@
-"""A random Llama of two blocks with its own tokenizer, a data file, and the command line in a process of its own."""
+"""A random Llama of two blocks with its own tokenizer, a data file, and the command line, here or in a new process."""
 
 import json
 import os
@@ -10,8 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adazeta import cli
+
 GOOD = ("warm", "funny", "bright", "moving")
 BAD = ("dull", "cold", "empty", "tired")
+
+SAME_BITS = ("--threads", 1, "--dtype", "float32", "--gemm", "plain")  # wherever and whenever
+ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
+SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *SAME_BITS, *ADAPTER)
+PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")
 
 
 def write_model(folder: Path, *, seed: int = 0, **sizes: int) -> Path:
@@ -57,3 +64,27 @@ def adazeta(*arguments, cache: Path | None = None, timeout: float = 120, **envir
     return subprocess.run(
         command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def train_command(folder, output, *more):
+    """Return the arguments that train the model ``base`` on ``data.jsonl`` in ``folder``."""
+    data = ("--model", folder / "base", "--data", folder / "data.jsonl", "--output", folder / output)
+    return [str(argument) for argument in ("train", *data, *SMALL, *more)]
+
+
+def main(capsys, *arguments):
+    """Run the command in this process; return exit status, stdout and stderr."""
+    capsys.readouterr()
+    code = cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail in the proper way; return its one-line message."""
+    code, out, err = main(capsys, *arguments)
+    line = err.strip().splitlines()[-1]
+    assert code == 2, (out, err)
+    assert line.startswith("adazeta: error: ")
+    assert "Traceback" not in err
+    return line

@@ -1,0 +1,110 @@
+"""What goes wrong on the command line: one line that says what to do, and nothing is written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_run import PAPER, fails, train_command
+
+from adazeta import cli, plots, trainer
+
+
+def test_bad_models(world, capsys, tmp_path):
+    folder, _ = world
+    data = ("--data", folder / "data.jsonl", "--output", tmp_path / "x", *PAPER)
+    assert "no such model folder: nowhere; give a folder" in fails(capsys, "train", "--model", "nowhere", *data)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in fails(capsys, "train", "--model", tmp_path / "empty", *data)
+    assert "it is a run" in fails(capsys, "train", "--model", folder / "run", *data)
+    assert "no such model folder" in fails(capsys, "predict", "nowhere", "a film")
+    broken = Path(shutil.copytree(folder / "base", tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    tensors = load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded as a causal language model" in fails(capsys, "train", "--model", broken, *data)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "model.norm.weight holds NaN" in fails(capsys, "train", "--model", broken, *data)
+    (broken / "config.json").write_text("{")
+    assert "cannot be loaded" in fails(capsys, "train", "--model", broken, *data)
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_runs(world, capsys, tmp_path):
+    folder, _ = world
+    (tmp_path / "none").mkdir()
+    assert "no such run folder" in fails(capsys, "replay", tmp_path / "nowhere")
+    assert "has no journal" in fails(capsys, "replay", tmp_path / "none")
+    assert "is not a model folder" in fails(capsys, "predict", tmp_path / "none", "a film")
+    assert "is not a run folder" in fails(capsys, "info", tmp_path / "none")
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    (run / "adapter_config.json").unlink()
+    assert "is not an adapter folder" in fails(capsys, "predict", run, "a film")
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run2"))
+    saved = load_file(run / "adapter_model.safetensors")
+    saved.pop(sorted(saved)[0])
+    save_file(saved, run / "adapter_model.safetensors")
+    assert "does not fit the base model" in fails(capsys, "predict", run, "a film")
+    (run / "adazeta.json").write_text('{"base_model": "x"}')
+    assert "is damaged (no 'task')" in fails(capsys, "predict", run, "a film")
+    journal = folder / "run" / "journal.azj"
+    (run / "journal.azj").write_bytes(journal.read_bytes()[:-3])
+    assert "cut off" in fails(capsys, "replay", run)
+
+
+def test_bad_data(world, capsys, tmp_path):
+    folder, _ = world
+    path = tmp_path / "x.csv"
+    command = train_command(folder, "bad", "--data", path)
+    path.write_text("text,label\nfine,positive\nodd,neutral\n")
+    assert "line 3: label 'neutral' is not one of 'negative', 'positive'" in fails(capsys, *command)
+    path.write_text("text,label\n")
+    assert "holds no examples" in fails(capsys, *command)
+    assert "holds no examples" in fails(capsys, "eval", folder / "run", "--data", path)
+    assert not (folder / "bad").exists()
+    assert not (folder / "bad.partial").exists()
+
+
+def test_bad_settings(world, capsys, tmp_path):
+    folder, _ = world
+    for flags, message in [
+        (("--lr", "fast"), "--lr: could not convert"),
+        (("--steps", 0), "--steps: expected an integer of at least 1, got '0'"),
+        (("--queries", "adaptive:1,2"), "--queries: expected adaptive:alpha,beta,maximum"),
+        (("--label-words", "good"), "--label-words: expected label=word,label=word"),
+        (("--template", "none"), "the template must hold {text} exactly once"),
+        (("--eps", -1), "eps must be positive"),
+        (("--act", "swish"), "act must be one of"),
+        (("--sites", "nowhere"), "adapter:"),
+        (("--dtype", "int8"), "--dtype: expected one of auto, float32"),
+        (("--rank", 1000), "adapter:"),
+        (("--lr-schedule", "steep"), "steep"),
+        (("--label-words", "negative=bad,positive=good"), "have several tokens"),
+    ]:
+        assert message in fails(capsys, *train_command(folder, "bad"), *flags)
+    assert "already: add --overwrite" in fails(capsys, *train_command(folder, "run"))
+    assert "not empty and not a run folder" in fails(capsys, *train_command(folder, "base"))
+    assert "is a file" in fails(capsys, *train_command(folder, "data.jsonl"))
+
+
+def test_a_full_disk_leaves_the_earlier_run(world, capsys, monkeypatch, tmp_path):
+    folder, _ = world
+    before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((plots, "draw_curves"), (trainer.ZOTrainer, "save_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            message = fails(capsys, *train_command(folder, "run", "--overwrite"))
+        assert "the disk is full: free some space" in message
+        assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
+
+
+def test_debug_shows_where_an_error_came_from():
+    from adazeta.errors import UserError
+
+    with pytest.raises(UserError):
+        cli.main(["info", "nowhere", "--debug"])
