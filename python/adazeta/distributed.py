@@ -146,8 +146,8 @@ class Ranks:
             raise ValueError("on_divergence='rollback' needs the journal, which only one of the ranks has; use 'stop'")
         if optimizer.others:
             raise ValueError(
-                f"ranks share the training of an adapter alone, {next(iter(optimizer.others))} trains too: freeze it, or "
-                "train in one process"
+                f"ranks share the training of an adapter alone, {next(iter(optimizer.others))} trains too: freeze it, "
+                "or train in one process"
             )
         if self.data > 1 and optimizer.directions != "batch":
             raise ValueError(f"data is spread over ranks that share directions='batch', got {optimizer.directions!r}")

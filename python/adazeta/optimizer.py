@@ -372,7 +372,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "clipped": self.clipped,
             "run_seed": self.run_seed,
             "momentum": [m.clone() for m in self._momentum],
-            "settings": dict(self.defaults),
+            "settings": {name: self.defaults[name] for name in ("lr", "momentum", "weight_decay")},
         }
         return {**super().state_dict(), "zeroth_order": own}
 
@@ -391,11 +391,12 @@ class ZerothOrder(torch.optim.Optimizer):
         if own["momentum"] and [m.shape for m in own["momentum"]] != shapes:
             raise ValueError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        group, then = self.param_groups[0], own.get("settings", self.defaults)
-        group.update({name: value for name, value in self.defaults.items() if name != "lr" and value != then[name]})
-        if self.defaults["lr"] != then["lr"]:
-            group["lr"] = self.defaults["lr"] * (group["lr"] / then["lr"] if then["lr"] else 1.0)
-            group["initial_lr"] = self.defaults["lr"]
+        group, now = self.param_groups[0], self.defaults
+        changed = {name for name, value in own.get("settings", {}).items() if value != now[name]}
+        group.update({name: now[name] for name in changed})
+        if "lr" in changed:
+            then, scheduled = own["settings"]["lr"], state_dict["param_groups"][0]["lr"]
+            group["lr"], group["initial_lr"] = now["lr"] * (scheduled / then if then else 1.0), now["lr"]
         self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
         self.dropped, self.clipped = own["dropped"], own["clipped"]
         self._counted = (self.rows, self.evaluations)
