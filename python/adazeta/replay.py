@@ -17,7 +17,7 @@ from .in_place import Drift
 from .journal import INITIAL_NAME, NAME, read
 from .others import DTYPES
 from .tuner.init import initial_theta
-from .update import Step, Trainable, apply_step
+from .update import Step, Trainable, apply_step, step_scales
 
 # Of adapters that a header alone makes, a GiB: a hostile one of a few hundred bytes must not fill the memory. A run of
 # more numbers keeps its initial ones in a file.
@@ -177,8 +177,10 @@ def redo_estimates(
         seeds: those of the step, where they have been derived already.
 
     Raises:
-        JournalError: they differ.
+        JournalError: they differ, or the step is one that no run makes.
     """
+    if step.back_to is None and not torch.isfinite(step_scales(step)).all():
+        raise JournalError(f"the update of step {step.index} is beyond float32: no run records such a step")
     if drift is not None:
         if step.back_to is not None:
             return  # its estimates are not recorded, for the numbers that they left are thrown away

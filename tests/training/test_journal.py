@@ -215,6 +215,15 @@ def test_another_version_and_hostile_headers_are_named(tmp_path):
         read(path)
 
 
+def test_a_step_that_no_run_makes_is_named(tmp_path):
+    train(tmp_path, steps_to_do=1)
+    journal, _ = Journal.resume(tmp_path / NAME, read(tmp_path / NAME).header)
+    journal.append(Step(1, 1e300, 0.0, 0.0, (1.0,)))
+    journal.close()
+    with pytest.raises(JournalError, match="the update of step 1 is beyond float32"):
+        replay(tmp_path)
+
+
 def test_a_header_alone_makes_a_gib_and_no_more(tmp_path, monkeypatch):
     train(tmp_path, steps_to_do=1)
     path = tmp_path / NAME
