@@ -175,7 +175,7 @@ def test_the_seed_is_honoured(tmp_path):
 
 def test_many_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match=r"one process, got 2, .* adazeta.distributed.Ranks"):
+    with pytest.raises(ValueError, match=r"one process, got 2, .*adazeta.distributed.Ranks"):
         trainer(tmp_path)
 
 
