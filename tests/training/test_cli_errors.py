@@ -22,12 +22,12 @@ def test_bad_models(world, capsys, tmp_path):
     weights = broken / "model.safetensors"
     tensors = load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot be loaded as a causal language model" in fails(capsys, "train", "--model", broken, *data)
+    assert "cannot be loaded as a language model" in fails(capsys, "train", "--model", broken, *data)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     assert "model.norm.weight holds NaN" in fails(capsys, "train", "--model", broken, *data)
     (broken / "config.json").write_text("{")
-    assert "cannot be loaded" in fails(capsys, "train", "--model", broken, *data)
+    assert "config.json is damaged" in fails(capsys, "train", "--model", broken, *data)
     assert not (tmp_path / "x").exists()
 
 
