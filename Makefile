@@ -21,7 +21,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	$(BIN)/adazeta demo
 
+# CI runs the tests in two processes, each with one thread: twice as many threads as cores would wait for one another.
 ifdef CI
+test: PYTEST_ARGS += -n 2 --dist worksteal
+test: export OMP_NUM_THREADS := 1
 test: export ADAZETA_TEST_TRITON ?= $(OLDEST_TRITON)
 test: $(OLDEST_TRITON)/.installed
 endif
