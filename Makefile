@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 
 # CI runs the tests in two processes, each with one thread: twice as many threads as cores would wait for one another.
 ifdef CI
-test: PYTEST_ARGS += -n 2 --dist worksteal
+test: PYTEST_ARGS += -n 2 --dist loadfile
 test: export OMP_NUM_THREADS := 1
 test: export ADAZETA_TEST_TRITON ?= $(OLDEST_TRITON)
 test: $(OLDEST_TRITON)/.installed
