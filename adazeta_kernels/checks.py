@@ -81,8 +81,8 @@ def adapters(op: str, value) -> int | None:
     if value is None:
         return None
     value = _integer(op, "adapters", value)
-    if value < 1:
-        raise ValueError(f"{op}: adapters must be at least 1, got {value}")
+    if not 1 <= value < INDEX_END:
+        raise ValueError(f"{op}: adapters must be at least 1 and below 2**63, got {value}")
     return value
 
 
