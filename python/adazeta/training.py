@@ -137,7 +137,11 @@ def fit(
             compute_metrics=accuracy,
             callbacks=[Card(), metrics, Bar(), limits],
             journal="resume" if resume else True,
-            identity={"data_sha256": json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]])},
+            identity={
+                "data_sha256": json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
+                # The digest sorts keys, and the order of the classes is part of the task.
+                "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
+            },
             about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
             fsync_every=settings["fsync_every"],
         )

@@ -1,0 +1,64 @@
+"""A resumed run keeps its task: another one is named before anything is written."""
+
+import json
+
+import pytest
+from tiny_run import write_data, write_model
+
+from adazeta import cli
+from adazeta.progress import Bar
+from adazeta.training import Interrupted
+
+SMALL = ("--steps", 4, "--batch-size", 8, "--queries", 2, "--rank", 2, "--bottleneck", 8, "--layers", 1)
+SETTLED = ("--positions", "all", "--threads", 1, "--dtype", "float32", "--gemm", "plain", "--save-every", 1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("resumed") / "base")
+
+
+def interrupted_run(base, folder, monkeypatch, *more):
+    """Train two steps into ``folder / "run"`` and stop; return the flags that name the run."""
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Interrupted
+
+    files = ("--model", base, "--data", folder / "data.jsonl", "--output", folder / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "on_step_begin", stop)
+        assert cli.main([str(a) for a in ("train", *files, *SMALL, *SETTLED, *more)]) == 130
+    return ("train", "--output", folder / "run", "--resume")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--template", "{text} is"),
+        ("--label-words", "negative=positive,positive=negative"),
+        ("--label-words", "positive=positive,negative=negative"),  # the same words in another order
+        ("--max-tokens", 20),
+    ],
+)
+def test_label_words(base, tmp_path, capsys, monkeypatch, more):
+    write_data(tmp_path / "data.jsonl")
+    resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch)]
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert cli.main([*resume, *map(str, more)]) == 2
+    assert "belongs to a run with another config.task_sha256" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert cli.main(resume) == 0
+
+
+def test_normalisation_of_choices(base, tmp_path, capsys, monkeypatch):
+    rows = [{"text": f"film {index}", "label": index % 2, "choices": ["no!", "yes"]} for index in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch, "--task", "choice")]
+    assert cli.main([*resume, "--no-normalize"]) == 2
+    assert "belongs to a run with another config.task_sha256" in capsys.readouterr().err
