@@ -255,6 +255,7 @@ def _eval(arguments) -> int:
     else:
         columns = {"text_column": values["text_column"], "label_column": values["label_column"]}
         columns["choices_column"] = values["choices_column"] if classifier.task.kind == "choice" else None
+        columns["answers"] = classifier.task.kind == "completion"
         examples, what = read_examples(values["data"], labels=labels, **columns), values["data"]
     examples = examples[: arguments.limit]
     with progress_bar(len(examples), "eval", "rows") as bar:

@@ -2,7 +2,8 @@
 
 Splits are fixed by a seed and a rule that needs no random generator: examples are sorted by
 ``sha256(f"{seed}\\t{text}")``; the first go to test, the next to dev, the rest to train. A sentence keeps its split
-when others come or go, and the same text (up to case and spaces) is never in two splits.
+when others come or go, and the same text (up to case and spaces) is never in two splits. Candidates, and labels that
+are answers, are part of an example's text here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def read_examples(
     label_column: str = "label",
     labels: Sequence[str] | None = None,
     choices_column: str | None = None,
+    answers: bool = False,
 ) -> list[Example]:
     """Read labelled texts from a file with named columns.
 
@@ -49,9 +51,10 @@ def read_examples(
         labels: the labels that may occur; any other is an error. All are accepted by default.
         choices_column: name of the column (key) that holds an example's candidates: a list, or text with ``|`` between
             them. None leaves them out.
+        answers: labels are answers to be said, and may be empty.
 
     Raises:
-        UserError: no such file, unreadable, empty, a missing column, an empty text, or an unknown label.
+        UserError: no such file, unreadable, empty, a missing column, an empty text or label, or an unknown label.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,7 +73,10 @@ def read_examples(
                         "--label-column and, for multiple choice, --choices-column"
                     )
             choices = _choices(row[choices_column], where) if choices_column else ()
-            examples.append(_example(row[text_column], row[label_column], labels, where, choices))
+            example = _example(row[text_column], row[label_column], labels, where, choices)
+            if not example.label and not answers:
+                raise UserError(f"{where}: the label is empty: fill it in or remove the row")
+            examples.append(example)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
     except OSError as error:
@@ -136,20 +142,28 @@ def read_movies(path: str | Path) -> list[Example]:
     return examples
 
 
-def _key(text: str) -> str:
-    """Return what makes two texts the same: their words, whatever the case and the spaces."""
-    return " ".join(text.casefold().split())
+def _parts(example: Example, answers: bool) -> tuple[str, ...]:
+    """Return what an example asks: its text, its candidates and, where it is the answer, its label."""
+    return (example.text, *example.choices, *([example.label] if answers else []))
+
+
+def _key(example: Example, answers: bool) -> tuple[str, ...]:
+    """Return what makes two examples the same: the words of their text, whatever the case and the spaces."""
+    text, *others = _parts(example, answers)
+    return (" ".join(text.casefold().split()), *others)
 
 
 def split_examples(
-    examples: Sequence[Example], *, test: int = 0, dev: int = 0, seed: int = SPLIT_SEED
+    examples: Sequence[Example], *, test: int = 0, dev: int = 0, seed: int = SPLIT_SEED, answers: bool = False
 ) -> dict[str, list[Example]]:
-    """Drop repeated texts, sort by ``sha256(f"{seed}\\t{text}")`` and cut into test, dev and train.
+    """Drop repeated examples, sort by ``sha256(f"{seed}\\t{text}")`` and cut into test, dev and train.
 
     Args:
-        examples: all examples; of texts equal up to case and spaces the first is kept.
+        examples: all examples; of those whose texts are equal up to case and spaces, with the same candidates, the
+            first is kept. What is sorted by is text and candidates, with tabs between them.
         test, dev: number of examples of those splits; the rest is train.
         seed: any integer; the same seed gives the same splits everywhere.
+        answers: labels are answers to be said, and examples with different ones differ.
 
     Returns:
         ``{"train": [...], "dev": [...], "test": [...]}``.
@@ -157,12 +171,16 @@ def split_examples(
     Raises:
         UserError: fewer examples than ``test + dev + 1``.
     """
-    unique: dict[str, Example] = {}
+    unique: dict[tuple[str, ...], Example] = {}
     for example in examples:
-        unique.setdefault(_key(example.text), example)
+        unique.setdefault(_key(example, answers), example)
     if len(unique) <= test + dev:
         raise UserError(f"{len(unique)} different texts are too few for {test} test, {dev} dev and some train examples")
-    ordered = sorted(unique.values(), key=lambda example: hashlib.sha256(f"{seed}\t{example.text}".encode()).digest())
+
+    def place(example: Example) -> bytes:
+        return hashlib.sha256("\t".join((str(seed), *_parts(example, answers))).encode()).digest()
+
+    ordered = sorted(unique.values(), key=place)
     return {"train": ordered[test + dev :], "dev": ordered[test : test + dev], "test": ordered[:test]}
 
 
@@ -174,6 +192,7 @@ def load_splits(
     text_column: str = "text",
     label_column: str = "label",
     choices_column: str | None = None,
+    answers: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Example]]:
     """Load the splits of a data source by name.
@@ -182,8 +201,8 @@ def load_splits(
         source: ``"movies"`` (test 1,000, dev 500, train 8,570 sentences) or a file for :func:`read_examples`.
         dev_source: a file of dev examples; without it a tenth of ``source``, at most 500, is held out.
         labels: labels that may occur; None takes all.
-        choices_column: as for :func:`read_examples`.
-        say: told what is being fetched.
+        choices_column, answers: as for :func:`read_examples`.
+        say: told what is being fetched, and how many rows of a file are left out.
     """
     if source == "movies":
         from adazeta.assets import movie_file
@@ -202,15 +221,21 @@ def load_splits(
         "label_column": label_column,
         "labels": labels,
         "choices_column": choices_column,
+        "answers": answers,
     }
     examples = read_examples(source, **columns)
+    splits = split_examples(examples, dev=0 if dev_source else min(500, len(examples) // 10), answers=answers)
+    if repeated := len(examples) - sum(map(len, splits.values())):
+        say(f"{source}: {repeated:,} of {len(examples):,} rows left out, they repeat earlier ones")
     if not dev_source:
-        return split_examples(examples, dev=min(500, len(examples) // 10))
+        return splits
     dev = read_examples(dev_source, **columns)
-    held_out = {_key(example.text) for example in dev}
-    train = [example for example in split_examples(examples)["train"] if _key(example.text) not in held_out]
+    held_out = {_key(example, answers) for example in dev}
+    train = [example for example in splits["train"] if _key(example, answers) not in held_out]
     if not train:
         raise UserError(f"every text of {source} is in {dev_source} too: give different files for training and dev")
+    if shared := len(splits["train"]) - len(train):
+        say(f"{source}: {shared:,} rows left out, they are in {dev_source} too")
     return {"train": train, "dev": dev, "test": []}
 
 

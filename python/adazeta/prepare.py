@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.options import section
 from adazeta.runs import Classifier, card_of
-from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
+from adazeta.tasks import ChoiceTask, CompletionTask, HeadTask, LabelWordTask, Task, choose
 
 
 def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[
         text_column=settings["text_column"],
         label_column=settings["label_column"],
         choices_column=settings["choices_column"] if task == ChoiceTask.kind else None,
+        answers=task == CompletionTask.kind,
         say=say,
     )
     examples = [example for split in splits.values() for example in split]
@@ -54,6 +56,10 @@ def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[
         settings["labels"] = sorted({example.label for example in examples})
         if len(settings["labels"]) < 2:
             raise UserError(f"a classifier needs two labels or more, {settings['data']} has only {settings['labels']}")
+    if task == HeadTask.kind:
+        counts = Counter(example.label for example in examples)
+        if rare := [label for label in settings["labels"] if counts[label] == 1]:
+            say(f"note: one example only of {', '.join(map(repr, rare))}: is that a class?")
     if task == ChoiceTask.kind:
         settings["candidates"] = max(len(example.choices) for example in examples)
     return splits, settings

@@ -101,6 +101,43 @@ def test_splits_are_the_documented_ones():
     assert order == sorted("abcd", key=digests.__getitem__)
 
 
+def test_the_same_question_with_other_candidates_or_answers_is_another_example(tmp_path):
+    choices = [Example("which one?", "0", ("this", f"that {index}")) for index in range(20)]
+    answers = [Example("name a film", f"film {index}") for index in range(20)]
+    for data, keywords in ((choices, {}), (answers, {"answers": True})):
+        splits = split_examples([*data, *data[:3]], dev=5, **keywords)
+        assert [len(splits[name]) for name in ("train", "dev")] == [15, 5]
+        assert set(splits["train"]) | set(splits["dev"]) == set(data)
+        assert split_examples(data[::-1], dev=5, **keywords) == splits
+    assert len(split_examples(answers)["train"]) == 1  # labels that are classes
+
+
+def test_rows_left_out_are_told(tmp_path):
+    path, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    rows = [*choice_rows(30), *choice_rows(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dev.write_text("".join(json.dumps(row) + "\n" for row in choice_rows(5)))
+    told = []
+    splits = load_splits(str(path), labels=None, choices_column="choices", say=told.append)
+    assert (len(splits["train"]), len(splits["dev"])) == (27, 3)
+    assert told == [f"{path}: 4 of 34 rows left out, they repeat earlier ones"]
+    splits = load_splits(str(path), dev_source=str(dev), labels=None, choices_column="choices", say=told.append)
+    assert (len(splits["train"]), len(splits["dev"])) == (25, 5)
+    assert told[2:] == [f"{path}: 5 rows left out, they are in {dev} too"]
+
+
+def choice_rows(count):
+    return [{"text": "which one?", "label": 0, "choices": ["this", f"that {index}"]} for index in range(count)]
+
+
+def test_an_empty_label_is_a_mistake_but_for_answers(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\na,good\nb, \n")
+    with pytest.raises(UserError, match="line 3: the label is empty"):
+        read_examples(path)
+    assert read_examples(path, answers=True)[1] == Example("b", "")
+
+
 def test_too_few_examples():
     with pytest.raises(UserError, match="5 different texts are too few for 4 test, 1 dev"):
         split_examples(examples(5), test=4, dev=1)
