@@ -9,6 +9,7 @@ from pathlib import Path
 from adazeta.errors import UserError
 
 Say = Callable[[str], None]
+DTYPES = ("float32", "mixed", "bfloat16", "float16")
 
 
 def model_folder(name: str, say: Say = lambda line: None) -> Path:
@@ -93,6 +94,8 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
     from adazeta.heads import MeanPooled, head_modules
 
     folder = model_folder(name, say)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
     kinds = {"masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     with_head = task is not None and task.kind == "head"

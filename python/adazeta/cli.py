@@ -215,21 +215,19 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
 def _open(arguments):
     """Open what an eval or predict command names; task flags override the run's own task."""
     from adazeta.base_models import architecture, model_folder
-    from adazeta.runs import Classifier, is_run, read_card
-    from adazeta.tasks import choose
+    from adazeta.runs import Classifier, card_for, own_task
+    from adazeta.tasks import choose, to_dict
 
     _quiet()
     given = {option.key for option in TASK if hasattr(arguments, option.key)}
     values = resolve(vars(arguments), [*MODEL[1:], *TASK])
     task = None
     if given:
-        own, base = {}, arguments.name
-        if is_run(arguments.name):
-            card = read_card(arguments.name)
-            own, base = {"task": "label-words", **card["task"]}, card["base_model"]
-            own["task"] = own.pop("kind", own["task"])
+        card, own = card_for(arguments.name, arguments.journal), {}
+        if stored := own_task(card, arguments.journal or arguments.name):
+            own = {"task": stored.kind, **to_dict(stored)}
         merged = {**values, **{key: value for key, value in own.items() if key not in given}}
-        task = choose(merged, architecture(model_folder(base, say)))
+        task = choose(merged, architecture(model_folder(card["base_model"], say)))
     if values["threads"]:
         import torch
 

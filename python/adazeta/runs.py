@@ -105,10 +105,27 @@ def attach_adapter(model, folder: str | Path):
     return adapted.eval()
 
 
-def task_from(stored: dict, where: str | Path) -> Task:
-    """Return the task that a card or a journal describes; ``UserError`` names ``where`` if it does not."""
+def card_for(name: str, journal: str | None = None) -> dict:
+    """Return what a run folder, or the journal that is used with it, says of base model, task and dtype.
+
+    Of a base model only its name is known; a journal's base model is the run's or ``name`` itself.
+    """
+    card = read_card(name) if is_run(name) else {"base_model": str(name)}
+    if journal is None:
+        return card
+    from adazeta.journal import read
+    from adazeta.journal_tools import journal_path
+
+    about = read(journal_path(journal), repair=True).header["about"]
+    return {**about, "base_model": card["base_model"]}
+
+
+def own_task(card: dict, where: str | Path) -> Task | None:
+    """Return the task of a card, None where it has none; ``UserError`` names ``where`` if it describes no task."""
+    if not card.get("task"):
+        return None
     try:
-        return from_dict(stored)
+        return from_dict(card["task"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged (task: {error}): train again") from error
 
@@ -134,28 +151,20 @@ class Classifier:
     ) -> Classifier:
         """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment).
 
-        With ``journal``, a run folder or a journal file, the adapter is the one that the journal makes; the task is the
-        one it was trained for, if no other is given.
+        With ``journal``, a run folder or a journal file, the adapter is the one that the journal makes; task and dtype
+        are those it was trained with, if no others are given.
         """
+        card = card_for(name, journal)
+        base = card["base_model"]
+        task = task or own_task(card, journal or name) or default_task(base, say)
+        model, tokenizer = load_base(base, task=task, dtype=dtype or card.get("dtype") or "float32", say=say)
         if journal is not None:
-            from adazeta.journal import read
-            from adazeta.journal_tools import adapter_from_journal, journal_path
+            from adazeta.journal_tools import adapter_from_journal
 
-            base = read_card(name)["base_model"] if is_run(name) else name
-            stored = read(journal_path(journal), repair=True).header["about"].get("task")
-            task = task or (task_from(stored, journal) if stored else default_task(base, say))
-            model, tokenizer = load_base(base, task=task, dtype=dtype or "float32", say=say)
             model, _ = adapter_from_journal(model, journal)
-            return cls(model, tokenizer, task, {"base_model": str(base)})
-        if is_run(name):
-            card = read_card(name)
-            task = task or task_from(card["task"], Path(name) / CARD)
-            dtype = dtype or card.get("dtype", "float32")
-            model, tokenizer = load_base(card["base_model"], task=task, dtype=dtype, say=say)
-            return cls(attach_adapter(model, name), tokenizer, task, card)
-        task = task or default_task(name, say)
-        model, tokenizer = load_base(name, task=task, dtype=dtype or "float32", say=say)
-        return cls(model, tokenizer, task, {"base_model": str(name)})
+        elif is_run(name):
+            model = attach_adapter(model, name)
+        return cls(model, tokenizer, task, card)
 
     def collator(self):
         """Return the collator for this tokenizer's padding token."""
