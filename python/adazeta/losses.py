@@ -242,7 +242,7 @@ class Seq2SeqLabelWords(_Words):
         tokenizer: the model's tokenizer.
         words: label words in the order of the class indices.
         prefix: what the decoder has said before, ``"<extra_id_0>"`` for a T5 prompt with this sentinel in the word's
-            place, else nothing.
+            place, else nothing (as for BART, whose decoder does not repeat its mask).
 
     Raises:
         ValueError: as for :class:`LabelWords`.

@@ -1,15 +1,34 @@
+import copy
+from dataclasses import replace
+
 import pytest
+import torch
+from families import build
 from tiny_run import write_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from adazeta.data import Example
 from adazeta.errors import UserError
-from adazeta.tasks import LabelWordTask, from_dict, to_dict
+from adazeta.runs import Classifier
+from adazeta.tasks import ChoiceTask, LabelWordTask, from_dict, to_dict
+from adazeta.tasks.choice import right_choice
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def with_tokens(tokenizer, *tokens, **special):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def test_prompt_keeps_other_braces():
@@ -61,3 +80,55 @@ def test_long_texts_lose_their_end_and_the_template_stays(tokenizer):
     assert prompt == f"Review: {text[:21]}\nSentiment:"
     with pytest.raises(UserError, match="max_tokens = 10 leaves no room"):
         LabelWordTask(max_tokens=10).encode_texts(tokenizer, [text])
+
+
+def test_more_candidates_than_in_training(folder):
+    """The third candidate counts, and the others score as they did."""
+    examples = [Example("a film", "yes", ("no", "yes", "maybe")), Example("a book", "0", ("no", "yes"))]
+    classifier = Classifier.open(str(folder), task=ChoiceTask(candidates=2))
+    rows = classifier.encode(examples)
+    assert [len(row["input_ids"]) for row in rows] == [len(row["targets"]) for row in rows] == [3, 3]
+    found = classifier.evaluate(examples, batch_size=1)
+    assert [len(scores) for scores in found["probabilities"]] == [3, 3]
+    assert found["probabilities"][0][2] > 0 == found["probabilities"][1][2]
+    classifier.task = replace(classifier.task, candidates=3)
+    expected = classifier.evaluate(examples)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    for scores, others in zip(found["probabilities"], expected["probabilities"]):
+        assert scores == pytest.approx(others, abs=1e-5)
+
+
+def test_a_number_of_a_candidate_has_decimal_digits():
+    assert right_choice(Example("a film", "1", ("no", "yes"))) == 1
+    with pytest.raises(UserError, match="label '²' of 'a film' is neither"):
+        right_choice(Example("a film", "²", ("no", "yes", "maybe")))
+
+
+def test_what_stands_for_a_missing_word_in_encoder_decoders(tokenizer):
+    """T5's decoder repeats the sentinel; BART's tokenizer has a mask token, which its decoder does not say."""
+    task = LabelWordTask("{text} is {mask}.")
+    bart = with_tokens(tokenizer, mask_token="<mask>")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": len(bart), "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes, **heads)).eval()
+    classifier = Classifier(model, bart, task, {})
+    assert classifier.loss().prefix == []
+    (ids,) = task.encode_texts(bart, ["a film"])
+    assert ids.count(bart.mask_token_id) == 1
+    examples = [Example("a film", "positive"), Example("a book", "negative")]
+    assert classifier.evaluate(examples)["loss"] > 0
+    t5, model = with_tokens(tokenizer, "<extra_id_0>"), build("t5")
+    assert task.loss(model, t5).prefix == [t5.convert_tokens_to_ids("<extra_id_0>")]
+    with pytest.raises(UserError, match="neither a mask token nor <extra_id_0>: end the template"):
+        task.loss(model, tokenizer)
+    assert replace(task, template="{text}").loss(model, tokenizer).prefix == []
+
+
+def test_a_text_that_holds_the_mask_token(tokenizer):
+    masked = with_tokens(tokenizer, mask_token="<mask>")
+    task = LabelWordTask("{text} is {mask}.")
+    with pytest.raises(UserError, match="'a <mask> film': <mask> stands for the missing word"):
+        task.encode(masked, [Example("a film", "positive"), Example("a <mask> film", "positive")])
+    assert len(task.encode(masked, [Example("a film", "positive")])) == 1
+    assert len(LabelWordTask().encode(masked, [Example("a <mask> film", "positive")])) == 1

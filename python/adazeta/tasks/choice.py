@@ -23,7 +23,8 @@ class ChoiceTask:
         template: the prompt, with ``{text}`` once, up to where the candidate begins.
         max_tokens: longest prompt in tokens, the candidate not counted; a longer text loses its end.
         normalize: divide by the number of tokens.
-        candidates: the most candidates that an example has; all examples are filled up to as many.
+        candidates: the most candidates of an example in training, what a step costs is planned for. All examples are
+            filled up to as many; where one has more, up to its number.
     """
 
     template: str = "{text}"
@@ -52,21 +53,15 @@ class ChoiceTask:
         """Tokenise every prompt with each of its candidates, once.
 
         Raises:
-            UserError: no examples, fewer than two candidates or more than ``candidates``, or a label that is none of
-                them.
+            UserError: no examples, fewer than two candidates, or a label that is none of them.
         """
         labels = [right_choice(example) for example in examples]
-        for example in examples:
-            if len(example.choices) > self.candidates:
-                raise UserError(
-                    f"{example.text[:40]!r} has {len(example.choices)} candidates, and the task was made for "
-                    f"{self.candidates}"
-                )
+        most = max([self.candidates, *(len(example.choices) for example in examples)])
         prompts = encode_prompts(tokenizer, self.template, [e.text for e in examples], self.max_tokens)
         inputs, targets = [], []
         for example, prompt in zip(examples, prompts):
             answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, c) for c in example.choices]
-            missing = [[]] * (self.candidates - len(answers))
+            missing = [[]] * (most - len(answers))
             inputs.append([prompt if seq2seq else prompt + answer for answer in answers] + missing)
             targets.append([answer if seq2seq else [-100] * len(prompt) + answer for answer in answers] + missing)
         return Prompts(inputs, labels, targets)
@@ -83,6 +78,6 @@ def right_choice(example: Example) -> int:
         raise UserError(f"{example.text[:40]!r} has {len(choices)} candidates: give at least two in --choices-column")
     if label in choices:
         return choices.index(label)
-    if label.isdigit() and int(label) < len(choices):
+    if label.isdecimal() and int(label) < len(choices):
         return int(label)
     raise UserError(f"label {label!r} of {example.text[:40]!r} is neither one of {list(choices)} nor its number from 0")

@@ -8,7 +8,15 @@ from typing import ClassVar
 
 from adazeta.data import Example, Prompts
 from adazeta.errors import UserError
-from adazeta.tasks.prompts import MASK, SENTINEL, check_template, class_indices, encode_prompts, fill
+from adazeta.tasks.prompts import (
+    MASK,
+    SENTINEL,
+    check_template,
+    class_indices,
+    encode_prompts,
+    fill,
+    is_one_token,
+)
 
 DEFAULT_TEMPLATE = "Review: {text}\nSentiment:"
 #: For models that fill in a word: masked language models and encoder-decoders.
@@ -22,7 +30,7 @@ class LabelWordTask:
 
     Class ``c`` has probability ``softmax_c(sum_t log p(word_c[t] | prompt, word_c[:t]))``. A causal model says the word
     behind the prompt; a masked model fills it in at ``{mask}``, where it must be one token; an encoder-decoder model
-    answers with it, behind its sentinel where the template has ``{mask}``.
+    answers with it, behind T5's sentinel where the tokenizer has that instead of a mask token for ``{mask}``.
 
     Args:
         template: the prompt, with ``{text}`` once and ``{mask}`` as the model needs it; other braces are left.
@@ -63,7 +71,7 @@ class LabelWordTask:
         """Return the fp32 loss per row for these words: one of :mod:`adazeta.losses`, by the kind of the model.
 
         Raises:
-            UserError: the template's ``{mask}`` does not fit the model.
+            UserError: the template's ``{mask}`` does not fit the model or its tokenizer.
             ValueError: words that the tokenizer does not tell apart, or of several tokens at a mask.
         """
         from adazeta.losses import label_words
@@ -77,17 +85,34 @@ class LabelWordTask:
                 "a causal language model goes on where the prompt ends: end the template there instead of with {mask}, "
                 f"got {self.template!r}"
             )
-        return label_words(model, tokenizer, list(self.words), prefix=SENTINEL if masked else "")
+        sentinel = kind == "seq2seq" and masked and tokenizer.mask_token is None
+        if sentinel and not is_one_token(tokenizer, SENTINEL):
+            raise UserError(
+                f"the tokenizer has neither a mask token nor {SENTINEL}: end the template where the model's answer "
+                f"belongs instead of with {{mask}}, got {self.template!r}"
+            )
+        return label_words(model, tokenizer, list(self.words), prefix=SENTINEL if sentinel else "")
 
     def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text's prompt, each at most ``max_tokens`` long."""
-        return encode_prompts(tokenizer, self.template, texts, self.max_tokens, tokenizer.mask_token or SENTINEL)
+        """Return the token ids of each text's prompt, each at most ``max_tokens`` long.
+
+        Raises:
+            UserError: a text, or the template, that spells out what stands for the missing word.
+        """
+        mask = tokenizer.mask_token or SENTINEL
+        if MASK in self.template:
+            for text in texts:
+                if self.prompt(text, mask).count(mask) > 1:
+                    raise UserError(
+                        f"{text[:40]!r}: {mask} stands for the missing word: leave it out of text and template"
+                    )
+        return encode_prompts(tokenizer, self.template, texts, self.max_tokens, mask)
 
     def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
         """Tokenise the prompts of all examples, once.
 
         Raises:
-            UserError: no examples, or a label without a label word.
+            UserError: no examples, a label without a label word, or a text that holds the mask token.
         """
         labels = class_indices(examples, self.labels)
         return Prompts(self.encode_texts(tokenizer, [example.text for example in examples]), labels)

@@ -52,6 +52,12 @@ def _shortened(tokenizer, template: str, text: str, max_tokens: int, mask: str) 
     raise UserError(f"max_tokens = {max_tokens} leaves no room for the text in template {template!r}")
 
 
+def is_one_token(tokenizer, text: str) -> bool:
+    """Return whether a tokenizer knows ``text`` as one token."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
 def class_indices(examples: Sequence, labels: Sequence[str]) -> list[int]:
     """Return the class of every example.
 
