@@ -20,6 +20,7 @@ from adazeta.errors import UserError
 from adazeta.options import (
     ADAPTER,
     DATA,
+    EVALUATION,
     GROUPS,
     METHOD,
     MODEL,
@@ -79,11 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "eval", _eval, "accuracy and loss of a run or of a base model")
     evaluate.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
     evaluate.add_argument("--split", default="test", help="train, dev, test or all; of a file: all (default: test)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="first N examples of the split (default: all)")
-    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="examples a forward (default: 32)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
     evaluate.add_argument("--journal", metavar="FILE", help=JOURNAL)
-    add_options(evaluate, {"model": MODEL[1:], "data": DATA, "task": TASK})
+    add_options(evaluate, {"evaluation": EVALUATION, "model": MODEL[1:], "data": DATA, "task": TASK})
 
     predict = _command(commands, "predict", _predict, "label and probabilities of texts")
     predict.add_argument("name", metavar="RUN_OR_MODEL", help="run folder, base model folder, or 'smollm2'")
@@ -240,7 +239,7 @@ def _eval(arguments) -> int:
     from adazeta.data import SPLITS, load_splits, read_examples
     from adazeta.progress import progress_bar
 
-    values = resolve(vars(arguments), DATA)
+    values = resolve(vars(arguments), [*DATA, *EVALUATION])
     if arguments.split not in (*SPLITS, "all"):
         raise UserError(f"--split: expected one of {', '.join(SPLITS)} or all, got {arguments.split!r}")
     classifier = _open(arguments)
@@ -255,9 +254,9 @@ def _eval(arguments) -> int:
         columns["choices_column"] = values["choices_column"] if classifier.task.kind == "choice" else None
         columns["answers"] = classifier.task.kind == "completion"
         examples, what = read_examples(values["data"], labels=labels, **columns), values["data"]
-    examples = examples[: arguments.limit]
+    examples = examples[: values["limit"]]
     with progress_bar(len(examples), "eval", "rows") as bar:
-        result = classifier.evaluate(examples, batch_size=arguments.batch_size, progress=bar.update)
+        result = classifier.evaluate(examples, batch_size=values["batch_size"], progress=bar.update)
     if arguments.json:
         numbers = {key: result[key] for key in ("accuracy", "loss")}
         print(json.dumps({"name": arguments.name, "data": what, "examples": len(examples), **numbers}))

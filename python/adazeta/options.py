@@ -109,7 +109,12 @@ RUN = [
     Option("output", str, "the run folder", "runs/train"),
     Option("preset", str, "named settings: default or paper", "default", choices=tuple(PRESETS)),
     Option("overwrite", boolean, "replace an earlier run, once this one is whole", False),
-    Option("test", boolean, "measure the test split before and after", False),
+    Option(
+        "test",
+        boolean,
+        "measure the movies' test split before and after; for a file of your own take adazeta eval",
+        False,
+    ),
 ]
 MODEL = [
     Option("model", str, "base model: a folder with config.json, or 'smollm2' for the demo's", "smollm2"),
@@ -251,6 +256,10 @@ TRAINING = [
     Option("deterministic", boolean, "nothing depends on the clock or on the order of threads", False),
 ]
 DEV_DATA = Option("dev-data", str, "file of dev examples", shown="a tenth of the data, at most 500")
+EVALUATION = [
+    Option("limit", positive, "first N examples of the split", shown="all"),
+    Option("batch-size", positive, "examples a forward", 32),
+]
 PLAN = [
     Option("batch-size", positive, "examples per step", 16),
     Option("tokens", positive, "length of the longest example", 64),

@@ -216,8 +216,8 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     It goes when the block fails, unless there is something in it to resume. One process at a time holds it.
 
     Raises:
-        UserError: ``output`` holds a run (and not ``overwrite``) or something else, there is nothing to resume, or
-            another process trains there.
+        UserError: ``output`` holds a run (and not ``overwrite``) or something else, or ``<output>.partial`` does, there
+            is nothing to resume, or another process trains there.
     """
     output = Path(output)
     partial = output.with_name(f"{output.name}.partial")
@@ -238,6 +238,8 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
             partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         if not resume:
+            if any(partial.iterdir()) and not _of_a_run(partial):
+                raise UserError(f"{partial} is not empty and not an unfinished run: choose another --output")
             for path in partial.iterdir():  # the folder itself stays: it is locked
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
@@ -263,6 +265,14 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _of_a_run(folder: Path) -> bool:
+    """Return whether training wrote to the folder, however soon it ended."""
+    from adazeta.journal import INITIAL_NAME, NAME
+
+    written = (CARD, METRICS, NAME, INITIAL_NAME)
+    return any((folder / name).is_file() for name in written) or any(folder.glob("checkpoint-*"))
 
 
 def resumable(folder: Path) -> bool:

@@ -197,7 +197,7 @@ def train(
         output: the run folder.
         resume: go on with an interrupted run.
         overwrite: an earlier run at ``output`` may be replaced, once this one is whole.
-        test: evaluate on the test split before and after, and measure peak memory.
+        test: evaluate on the test split before and after, and measure peak memory; a file has no such split.
         say: told what happens.
 
     Raises:
@@ -205,6 +205,11 @@ def train(
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
     splits, settings = load_data(settle(settings, say), say)
+    if test and not splits["test"]:
+        raise UserError(
+            f"--test: {settings['data']} has no test split, the movie sentences have one: keep rows of yours in another "
+            f"file, and measure them by `adazeta eval {output} --data FILE`"
+        )
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
     with open_partial(output, resume=resume, overwrite=overwrite) as partial:
         return _train(settings, preset, splits, output, partial, resume=resume, test=test, say=say)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from adazeta.errors import UserError
 from adazeta.tasks.choice import ChoiceTask
 from adazeta.tasks.classification import MASK_TEMPLATE, LabelWordTask
 from adazeta.tasks.completion import CompletionTask
@@ -28,12 +29,17 @@ def choose(values: Mapping[str, Any], architecture: str) -> Task:
         values: ``task`` (a kind or ``"auto"``: a head for models without a language-model head, else label words) and
             the fields of the task; None takes the task's default.
         architecture: ``causal``, ``masked``, ``seq2seq``, ``head`` or ``encoder`` (``adazeta.base_models``).
+
+    Raises:
+        UserError: fields that a task cannot have, or a head without labels.
     """
     kind = values.get("task") or "auto"
     if kind == "auto":
         kind = HeadTask.kind if architecture in ("head", "encoder") else LabelWordTask.kind
     if kind == LabelWordTask.kind and values.get("template") is None and architecture in ("masked", "seq2seq"):
         values = {**values, "template": MASK_TEMPLATE}
+    if kind == HeadTask.kind and values.get("labels") is None:
+        raise UserError(f"task {kind} needs the labels of its classes: give --labels, or a run that has learned them")
     names = [field.name for field in fields(TASKS[kind])]
     return TASKS[kind](**{name: values[name] for name in names if values.get(name) is not None})
 
