@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from adazeta.errors import UserError
@@ -69,6 +70,22 @@ def architecture(folder: Path) -> str:
     return known[0]
 
 
+@contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Turn what ``transformers`` raises at files that it cannot use into a UserError: ``what``, and why."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    wrong = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
+    try:
+        yield
+    except (*wrong, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own, which is not run"
+        raise UserError(f"{what}: {reason}") from error
+
+
 def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda line: None):
     """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
 
@@ -77,10 +94,10 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
     new one has the same numbers at every call. Any other task takes the checkpoint's language-model head.
 
     Raises:
-        UserError: not a model folder, weights that cannot be read, or weights that are not finite.
+        UserError: not a model folder, one that needs code or packages of its own, weights that cannot be read, or
+            weights that are not finite.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
@@ -103,8 +120,9 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
         raise UserError(f"{name} has no language-model head: --task head trains one for classification")
     if with_head and stored != torch.float32:
         raise UserError(f"a head that trains needs float32 numbers: use --dtype float32 or mixed, got {dtype}")
-    keywords = {"dtype": stored, "local_files_only": True}
-    try:
+    keywords = {"dtype": stored, "local_files_only": True, "trust_remote_code": False}
+    wanted = "with a classification head" if with_head else "as a language model"
+    with told_in_one_line(f"{name} cannot be loaded {wanted}"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             if with_head and task.pooling == "mean":
@@ -114,11 +132,7 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
                 model = AutoModelForSequenceClassification.from_pretrained(folder, **keywords)
             else:
                 model = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        wanted = "with a classification head" if with_head else "as a language model"
-        raise UserError(f"{name} cannot be loaded {wanted}: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for parameter_name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")

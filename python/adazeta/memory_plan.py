@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from adazeta.base_models import model_folder, told_in_one_line
 from adazeta.errors import UserError
 from adazeta.memory import MIB, available_bytes, resident_bytes
 from adazeta.report import facts
-from adazeta.runs import model_folder
 
 
 def plan_memory(
@@ -41,7 +41,8 @@ def plan_memory(
     the allocator leaves unused between them.
 
     Raises:
-        UserError: no such model, one whose adapter sites are not known, or a budget too small for one probe.
+        UserError: no such model, one of an unknown type or whose adapter sites are not known, or a budget too small for
+            one probe.
     """
     import peft
     import torch
@@ -52,11 +53,14 @@ def plan_memory(
     from adazeta.frozen import mix
     from adazeta.planner import Planner
 
-    config = transformers.AutoConfig.from_pretrained(model_folder(name, say), local_files_only=True)
-    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+    folder = model_folder(name, say)
     stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
     with torch.device("meta"):
-        model = architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+        with told_in_one_line(f"{name} describes no model that can be made"):
+            only_here = {"local_files_only": True, "trust_remote_code": False}
+            config = transformers.AutoConfig.from_pretrained(folder, **only_here)
+            architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+            model = architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
         model = model.to(stored).requires_grad_(False).eval()
         if dtype == "mixed":
             mix(model)

@@ -112,7 +112,7 @@ RUN = [
     Option(
         "test",
         boolean,
-        "measure the movies' test split before and after; for a file of your own take adazeta eval",
+        "measure the movies' test split before and after (of a file: adazeta eval)",
         False,
     ),
 ]

@@ -207,7 +207,7 @@ def train(
     splits, settings = load_data(settle(settings, say), say)
     if test and not splits["test"]:
         raise UserError(
-            f"--test: {settings['data']} has no test split, the movie sentences have one: keep rows of yours in another "
+            f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "
             f"file, and measure them by `adazeta eval {output} --data FILE`"
         )
     splits["dev"] = splits["dev"][: settings["eval_limit"]]

@@ -1,5 +1,9 @@
 """What people get wrong is told in one line, before anything is written."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from families import SETTINGS
 from tiny_run import write_data, write_model
@@ -38,8 +42,9 @@ def fails(capsys, *arguments):
     """Run a command that must fail in the proper way; return its one-line message."""
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("adazeta: error: ")
+    err = capsys.readouterr().err
+    line = err.strip().splitlines()[-1]
+    assert "Traceback" not in err and line.startswith("adazeta: error: ")
     return line
 
 
@@ -73,3 +78,44 @@ def test_a_partial_folder_that_is_not_ours_stays(tmp_path, overwrite):
     (partial / "adazeta.json").write_text("{}")  # a run that ended before its first step
     with open_partial(tmp_path / "run", resume=False, overwrite=overwrite) as folder:
         assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ('{"model_type": "mystery"}', "mystery"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "zero"),
+        ("[]", "model_type"),
+        ("{", "not a valid JSON file"),
+        (
+            '{"model_type": "mystery", "auto_map": {"AutoConfig": "its.Config"}}',
+            "Python code of its own, which is not run",
+        ),
+    ],
+)
+def test_the_plan_of_what_is_no_model(tmp_path, capsys, config, message):
+    (tmp_path / "config.json").write_text(config)
+    line = fails(capsys, "info", "--plan", tmp_path)
+    assert f"{tmp_path} describes no model that can be made: " in line and message in line
+
+
+def test_code_in_a_model_folder_is_not_run_and_nothing_is_asked(world, tmp_path, capsys, monkeypatch):
+    folder = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    (folder / "its.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mystery", "auto_map": {"AutoConfig": "its.C", "AutoModelForCausalLM": "its.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    line = fails(capsys, "predict", folder, "a film")
+    assert "cannot be loaded as a language model: it needs Python code of its own, which is not run" in line
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_needs_a_package(world, capsys, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("\nThe tokenizer needs the package abacus.\nInstall it:\n")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
+    line = fails(capsys, "predict", world / "base", "a film")
+    assert "cannot be loaded as a language model: The tokenizer needs the package abacus. Install it:" in line
