@@ -32,7 +32,7 @@ sys.path += [str(ROOT), str(ROOT / "python"), str(ROOT / "tests" / "training")]
 
 from adazeta import UserError, cli  # noqa: E402
 from adazeta.journal import NAME, Journal, read  # noqa: E402
-from adazeta.losses import causal_lm_loss  # noqa: E402
+from adazeta.losses import lm_loss  # noqa: E402
 from adazeta.optimizer import ZerothOrder  # noqa: E402
 from adazeta.runs import ADAPTER, is_run, resumable  # noqa: E402
 
@@ -64,7 +64,7 @@ class Loop:
             optimizer.load_state_dict(saved["optimizer"])
         journal = optimizer.write_journal(self.journal(folder), resume=resume)
         for k in range(optimizer.step_index, self.steps):
-            optimizer.estimate(causal_lm_loss, self.batches[k])
+            optimizer.estimate(lm_loss, self.batches[k])
             optimizer.step()
             told(k + 1)
             if (k + 1) % EVERY == 0:

@@ -73,9 +73,6 @@ def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     return Completion()(model, batch)
 
 
-causal_lm_loss = lm_loss  # its name when it took causal models only
-
-
 class _Scored:
     """A loss whose scores name a class: their cross entropy with ``batch["labels"]``."""
 

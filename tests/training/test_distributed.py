@@ -12,7 +12,7 @@ from tiny import lm_batch, tiny_adapted
 from adazeta import UserError, ZerothOrder
 from adazeta.distributed import Ranks, open_journal
 from adazeta.journal import NAME, read
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 
 SETTINGS = {"lr": 0.1, "eps": 0.05, "momentum": 0.9, "run_seed": 7, "probes_per_forward": 1}
 STEPS = 4
@@ -51,7 +51,7 @@ def on_ranks(size, folder, work):
 def losses_one_by_one(model, batch):
     """A loss whose bits do not depend on the rows beside a row: what is spread over ranks then is the same."""
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["labels"]))]
-    return torch.cat([causal_lm_loss(model, row) for row in rows])
+    return torch.cat([lm_loss(model, row) for row in rows])
 
 
 def train(opt, part=slice(None), first=0):
@@ -124,7 +124,7 @@ def test_a_rank_with_another_theta_is_found(tmp_path):
         opt = ZerothOrder(model, ranks=Ranks(check_every=2), queries=2, **SETTINGS)
         with pytest.raises(RuntimeError, match="before step 2 theta on rank 1 differs from that on rank 0"):
             for k in range(STEPS):
-                opt.estimate(causal_lm_loss, lm_batch(4, seed=k))
+                opt.estimate(lm_loss, lm_batch(4, seed=k))
                 opt.step()
                 if rank == 1 and k == 0:
                     model.base_model.theta()[3] += 1e-7

@@ -11,7 +11,7 @@ from tiny import lm_batch, tiny_adapted, tiny_llama
 from torch import nn
 
 from adazeta import TTConfig, ZerothOrder
-from adazeta.losses import LabelWords, causal_lm_loss
+from adazeta.losses import LabelWords, lm_loss
 
 
 class Normalized(nn.Module):
@@ -114,7 +114,7 @@ def test_language_models_pass(tokens, settings, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         opt = ZerothOrder(model, queries=2, directions="example")
-        opt.estimate(causal_lm_loss, batch)
+        opt.estimate(lm_loss, batch)
     assert opt._first_look._done and not opt._first_look.rows_mix
 
 
@@ -166,26 +166,26 @@ def test_no_look_is_needed_where_every_probe_has_its_forward():
 def test_a_model_cast_during_training_is_an_error_that_names_the_parameter(perturb):
     model = tiny_llama()
     opt = ZerothOrder(model, perturb=perturb)
-    opt.estimate(causal_lm_loss, lm_batch(2))
+    opt.estimate(lm_loss, lm_batch(2))
     opt.step()
     model.to(torch.bfloat16)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"embed_tokens.weight was torch.float32 .* is torch.bfloat16 now"):
-        opt.estimate(causal_lm_loss, lm_batch(2))
+        opt.estimate(lm_loss, lm_batch(2))
     assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_a_cast_adapter_is_an_error_and_a_cast_base_model_is_not():
     model = tiny_adapted()
     opt = ZerothOrder(model)
-    opt.estimate(causal_lm_loss, lm_batch(2))
+    opt.estimate(lm_loss, lm_batch(2))
     for name, p in model.named_parameters():
         if "tt_theta" not in name:
             p.data = p.data.to(torch.bfloat16)
-    assert math.isfinite(opt.estimate(causal_lm_loss, lm_batch(2)))
+    assert math.isfinite(opt.estimate(lm_loss, lm_batch(2)))
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="must be float32"):
-        opt.estimate(causal_lm_loss, lm_batch(2))
+        opt.estimate(lm_loss, lm_batch(2))
 
 
 @pytest.mark.parametrize("perturb", ["streamed", "in-place"])
@@ -197,7 +197,7 @@ def test_a_model_that_moves_to_other_memory_goes_on_with_the_same_bits(perturb, 
         model = tiny_adapted(modules_to_save=["lm_head"]) if adapters else tiny_llama()
         opt = ZerothOrder(model, lr=0.01, queries=2, momentum=0.9, perturb=perturb)
         for k in range(3):
-            opt.estimate(causal_lm_loss, lm_batch(2, seed=k))
+            opt.estimate(lm_loss, lm_batch(2, seed=k))
             if moves:
                 model._apply(lambda t: t.clone())
             opt.step()
@@ -217,11 +217,11 @@ def test_batch_keys_may_change_between_estimates():
     other = {**other, "text": ["a", "b", "c"], "weight": torch.ones(3)}
     del other["attention_mask"]
     opt, fresh = (ZerothOrder(tiny_adapted(noise=0.2), lr=0.0, queries=2) for _ in range(2))
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     opt.step()
-    opt.estimate(causal_lm_loss, other)
+    opt.estimate(lm_loss, other)
     fresh.step_index = 1
-    fresh.estimate(causal_lm_loss, other)
+    fresh.estimate(lm_loss, other)
     assert torch.equal(opt._projected[0], fresh._projected[0])
 
 

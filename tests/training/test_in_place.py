@@ -10,7 +10,7 @@ from tiny import lm_batch, tiny_adapted, tiny_llama
 import adazeta.in_place
 from adazeta import ZerothOrder
 from adazeta.in_place import InPlace
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta_kernels import derive_seeds, perturb_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,7 +68,7 @@ def test_in_float32_the_chain_has_the_bits_of_restoring_every_time():
 def test_an_estimate_of_p_probes_is_p_plus_1_passes_over_the_parameters(calls, difference, probes):
     model = tiny_llama()
     opt = ZerothOrder(model, lr=0.0, queries=3, difference=difference, perturb="in-place")
-    opt.estimate(causal_lm_loss, lm_batch(4))
+    opt.estimate(lm_loss, lm_batch(4))
     assert len(calls) == probes + 1
     assert all(numel == sum(p.numel() for p in model.parameters()) for _, _, numel in calls)
 
@@ -77,14 +77,14 @@ def test_an_estimate_of_p_probes_is_p_plus_1_passes_over_the_parameters(calls, d
 def test_losses_and_parameters_of_an_estimate_by_hand(dtype):
     model, by_hand, batch = tiny_llama().to(dtype), tiny_llama().to(dtype), lm_batch(4)
     opt = ZerothOrder(model, lr=0.0, eps=0.01, queries=2, combine="mean", perturb="in-place")
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     params, (a, b), differences = list(by_hand.parameters()), derive_seeds(0, 0, 2), []
     with torch.no_grad():
         for first, second in ((([a], [0.01]), ([a], [-0.02])), (([a, b], [0.01, 0.01]), ([b], [-0.02]))):
             losses = []
             for seeds, scales in (first, second):
                 perturb_(params, seeds, scales)
-                losses.append(causal_lm_loss(by_hand, batch).double().mean())
+                losses.append(lm_loss(by_hand, batch).double().mean())
             differences.append((losses[0] - losses[1]) / (2 * 0.01))
         perturb_(params, [b], [0.01])
     assert torch.equal(opt._projected[0], torch.stack(differences))
@@ -97,7 +97,7 @@ def test_the_way_back_is_taken_when_the_loss_raises(calls):
     evaluated = []
 
     def fail(m, rows):
-        evaluated.append(causal_lm_loss(m, rows))
+        evaluated.append(lm_loss(m, rows))
         if len(evaluated) == 3:
             raise KeyError("loss")
         return evaluated[-1]
@@ -109,7 +109,7 @@ def test_the_way_back_is_taken_when_the_loss_raises(calls):
     assert [seeds for seeds, _, _ in calls] == [[first], [first], [first, second], [second]]
     for p, old in zip(model.parameters(), before):
         torch.testing.assert_close(p, old, atol=3e-7, rtol=0)
-    opt.estimate(causal_lm_loss, lm_batch(4))  # and the next estimate begins at theta
+    opt.estimate(lm_loss, lm_batch(4))  # and the next estimate begins at theta
     assert calls[4][0] == [first]
 
 
@@ -118,12 +118,12 @@ def test_an_adapter_and_a_head_in_place_see_the_same_probe_as_all_in_place():
     batch, losses = lm_batch(4), []
     model = tiny_adapted(noise=0.2, modules_to_save=["lm_head"])
     opt = ZerothOrder(model, eps=0.05, queries=2, combine="mean", perturb="in-place")
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     with torch.no_grad(), InPlace([model.base_model.theta(), *(p.data for p in opt.others.values())]) as everything:
         for seed in derive_seeds(0, 0, 2):
             for scale in (0.05, -0.05):
                 everything.move_to(seed, scale)
-                losses.append(causal_lm_loss(model, batch).double().mean())
+                losses.append(lm_loss(model, batch).double().mean())
     by_hand = torch.stack([losses[0] - losses[1], losses[2] - losses[3]]) / 0.1
     torch.testing.assert_close(opt._projected[0], by_hand, atol=1e-4, rtol=0)
 

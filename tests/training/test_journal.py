@@ -16,7 +16,7 @@ from adazeta import UserError, ZerothOrder
 from adazeta.errors import JournalError
 from adazeta.journal import INITIAL_NAME, NAME, Journal, read, steps
 from adazeta.journal_format import header_bytes
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.replay import replay
 from adazeta.update import Step
 from adazeta_kernels import TTAdapterLayout
@@ -28,7 +28,7 @@ def train(folder, steps_to_do=4, noise=0.0, model_settings=None, **settings):
     opt.write_journal(folder / NAME)
     for k in range(steps_to_do):
         opt.param_groups[0]["lr"] = 0.1 / (k + 1)
-        opt.estimate(causal_lm_loss, lm_batch(4, seed=k))
+        opt.estimate(lm_loss, lm_batch(4, seed=k))
         opt.step()
     opt.journal.close()
     model.save_pretrained(folder)
@@ -262,7 +262,7 @@ def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
     model = tiny_adapted()
     opt = ZerothOrder(model, lr=0.1)
     opt.write_journal(tmp_path / NAME)
-    opt.estimate(causal_lm_loss, lm_batch(4))
+    opt.estimate(lm_loss, lm_batch(4))
     opt.step()
     before, size = model.base_model.theta().clone(), (tmp_path / NAME).stat().st_size
 
@@ -278,7 +278,7 @@ def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
             return getattr(self.file, name)
 
     opt.journal._file = Full(opt.journal._file)
-    opt.estimate(causal_lm_loss, lm_batch(4))
+    opt.estimate(lm_loss, lm_batch(4))
     with pytest.raises(UserError, match="No space left.*free some space"):
         opt.step()
     assert torch.equal(model.base_model.theta(), before)

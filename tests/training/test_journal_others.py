@@ -8,7 +8,7 @@ from tiny import lm_batch, tiny_adapted, tiny_llama
 from adazeta import UserError, ZerothOrder
 from adazeta.errors import JournalError
 from adazeta.journal import NAME
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.replay import replay
 
 SETTINGS = {"lr": 0.01, "eps": 0.02, "queries": 2, "run_seed": 5}
@@ -22,7 +22,7 @@ def start(dtype=torch.float32, **settings):
 def train(opt, steps, estimates=1):
     for _ in range(steps):
         for part in range(estimates):
-            opt.estimate(causal_lm_loss, lm_batch(4, seed=10 * opt.step_index + part))
+            opt.estimate(lm_loss, lm_batch(4, seed=10 * opt.step_index + part))
         opt.step()
 
 
@@ -116,7 +116,7 @@ def test_estimates_that_no_step_used_are_missed_by_the_digest(tmp_path):
     _, opt = start(torch.bfloat16, perturb="in-place")
     opt.write_journal(tmp_path / NAME)
     train(opt, 1)
-    opt.estimate(causal_lm_loss, lm_batch(4))
+    opt.estimate(lm_loss, lm_batch(4))
     opt.zero_grad()
     train(opt, 1)
     opt.journal.close()
@@ -125,7 +125,7 @@ def test_estimates_that_no_step_used_are_missed_by_the_digest(tmp_path):
     _, opt = start(torch.bfloat16)
     opt.write_journal(tmp_path / NAME)
     train(opt, 1)
-    opt.estimate(causal_lm_loss, lm_batch(4))
+    opt.estimate(lm_loss, lm_batch(4))
     opt.zero_grad()
     train(opt, 1)
     opt.journal.close()
@@ -148,7 +148,7 @@ def test_going_back_is_replayed(tmp_path, perturb):
     opt.guard.window, opt.guard.factor = 2, 10.0
     opt.write_journal(tmp_path / NAME)
     train(opt, 4)
-    opt.estimate(lambda m, rows: 1e3 * causal_lm_loss(m, rows), lm_batch(4))
+    opt.estimate(lambda m, rows: 1e3 * lm_loss(m, rows), lm_batch(4))
     opt.step()
     assert opt.guard.went_back == 1
     train(opt, 2)

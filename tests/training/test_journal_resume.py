@@ -10,7 +10,7 @@ from tiny import lm_batch, tiny_adapted
 from adazeta import UserError, ZerothOrder
 from adazeta.errors import Diverged, JournalError
 from adazeta.journal import NAME, read
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.replay import effective, replay
 from adazeta.update import Step
 
@@ -21,7 +21,7 @@ def optimizer(**settings):
     return ZerothOrder(tiny_adapted(), **{**SETTINGS, **settings})
 
 
-def run(opt, first, last, loss_fn=causal_lm_loss):
+def run(opt, first, last, loss_fn=lm_loss):
     losses = []
     for k in range(first, last):
         losses.append(opt.estimate(loss_fn, lm_batch(4, seed=k)))
@@ -139,7 +139,7 @@ class Exploding:
         self.opt, self.at, self.factor = opt, at, factor
 
     def __call__(self, model, batch):
-        losses = causal_lm_loss(model, batch)
+        losses = lm_loss(model, batch)
         return losses * (self.factor if self.opt.step_index in self.at else 1.0)
 
 
@@ -185,7 +185,7 @@ def test_rollback_goes_to_the_best_point_and_on_with_half_the_rate_resumed_or_no
 
 def test_losses_that_are_no_numbers_stop_a_run_after_a_while_and_only_then(tmp_path):
     def nan(model, batch):
-        return causal_lm_loss(model, batch) * math.nan
+        return lm_loss(model, batch) * math.nan
 
     opt = optimizer()
     run(opt, 0, 7, nan)

@@ -7,7 +7,7 @@ import torch
 from tiny import lm_batch, tiny_adapted, tiny_llama
 
 from adazeta import AdaptiveQueries, ZerothOrder
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.probes import take_rows
 from adazeta_kernels import derive_seeds, fill_normal_, perturb_
 
@@ -22,7 +22,7 @@ def loss_at(model, theta, batch):
     saved = own.clone()
     own.copy_(theta)
     with torch.no_grad():
-        value = causal_lm_loss(model, batch).double().mean()
+        value = lm_loss(model, batch).double().mean()
     own.copy_(saved)
     return float(value)
 
@@ -63,7 +63,7 @@ def test_step_is_the_formula(directions, groups, distribution):
     theta = model.base_model.theta()
     before = theta.clone()
     expected = before - 0.5 * gradient_by_hand(model, opt, batch, 3, groups).float()
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     assert torch.equal(theta, before)
     opt.step()
     moved = (expected - before).abs().max()
@@ -77,7 +77,7 @@ def test_estimate_returns_the_mean_loss_and_descends():
     opt = ZerothOrder(model, lr=0.1, eps=0.02, queries=8, directions="example")
     first = loss_at(model, model.base_model.theta(), batch)
     for _ in range(30):
-        loss = opt.estimate(causal_lm_loss, batch)
+        loss = opt.estimate(lm_loss, batch)
         opt.step()
     last = loss_at(model, model.base_model.theta(), batch)
     assert last < first - 0.05
@@ -98,7 +98,7 @@ def test_momentum_and_decay_by_hand():
     for _ in range(3):
         m = 0.5 * m + gradient_by_hand(model, opt, batch, 2, 1)
         expected = torch.where(biases, expected, expected * (1 - 0.1 * 0.2)) - 0.1 * m
-        opt.estimate(causal_lm_loss, batch)
+        opt.estimate(lm_loss, batch)
         opt.step()
         torch.testing.assert_close(theta.double(), expected, atol=2e-4 * float(m.abs().max()), rtol=0)
         expected = theta.double().clone()
@@ -123,7 +123,7 @@ def test_accumulation_averages_and_does_not_forget():
                 sides.append(loss_at(model, moved, half))
             g += (sides[0] - sides[1]) / 0.2 / 4 * direction(seed, theta.numel()).double()
     for half in halves:
-        opt.estimate(causal_lm_loss, half)
+        opt.estimate(lm_loss, half)
     opt.step()
     torch.testing.assert_close(theta, before - g.float(), atol=2e-3 * float(g.abs().max()), rtol=0)
 
@@ -133,11 +133,11 @@ def test_torch_lr_scheduler_drives_the_step():
     opt = ZerothOrder(model, lr=1.0, combine="mean")
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.0 if k else 1.0)
     theta = model.base_model.theta()
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     opt.step()
     scheduler.step()
     after_first = theta.clone()
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     opt.step()
     assert torch.equal(theta, after_first)
 
@@ -150,7 +150,7 @@ def test_adaptive_queries_follow_the_epoch():
     rows = []
     for _ in range(8):
         before = opt.rows
-        opt.estimate(causal_lm_loss, batch)
+        opt.estimate(lm_loss, batch)
         opt.step()
         rows.append((opt.rows - before) // 8)
     assert rows == [1, 1, 1, 1, 2, 2, 3, 3]
@@ -162,7 +162,7 @@ def test_non_finite_losses_are_counted_and_never_applied():
     calls = iter(range(100))
 
     def broken(m, rows):
-        losses = causal_lm_loss(m, rows)
+        losses = lm_loss(m, rows)
         next(calls)
         losses[:4] = math.nan  # the + probe of the first query
         return losses
@@ -193,7 +193,7 @@ def test_state_dict_continues_bit_for_bit():
             model.base_model.theta().copy_(theta)
             opt.load_state_dict(state)
         for _ in range(steps):
-            opt.estimate(causal_lm_loss, batch)
+            opt.estimate(lm_loss, batch)
             opt.step()
         return opt, model.base_model.theta()
 
@@ -207,7 +207,7 @@ def test_state_dict_continues_bit_for_bit():
 
 def test_last_smaller_batch_of_an_epoch_gets_fewer_groups():
     opt = ZerothOrder(tiny_adapted(), directions=4, queries=1)
-    opt.estimate(causal_lm_loss, lm_batch(3))
+    opt.estimate(lm_loss, lm_batch(3))
     assert len(opt._projected[0]) == 3
 
 

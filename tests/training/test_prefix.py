@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tiny import lm_batch, tiny_adapted
 
 from adazeta import TTConfig, ZerothOrder
-from adazeta.losses import LabelWords, causal_lm_loss, lm_loss
+from adazeta.losses import LabelWords, lm_loss
 
 NOT_SHARED = {"t5": "not in one list of blocks"}
 LAYERS = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}
@@ -117,7 +117,7 @@ def test_lower_blocks_run_once_per_example_and_never_for_known_ones(first, monke
         for shapes in seen.values():
             shapes.clear()
         opt.zero_grad()
-        opt.estimate(causal_lm_loss, {name: value[rows].clone() for name, value in batch.items()})
+        opt.estimate(lm_loss, {name: value[rows].clone() for name, value in batch.items()})
         return list(seen.values())
 
     passed([4])  # and the trial of the family
@@ -150,7 +150,7 @@ def reason(caplog):
 
 def estimate(model, batch):
     opt = ZerothOrder(model, prefix_cache="memory")
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     return opt.prefix.hits + opt.prefix.misses
 
 
@@ -201,13 +201,13 @@ def handing_on(model, how):
 @pytest.mark.parametrize("how", ["in its output", "beside"])
 def test_families_that_hand_on_more_than_hidden_states_are_told(how, caplog):
     model = tiny_adapted(layers=2, noise=0.3, layers_to_transform=[1])
-    before, _ = estimates(model, causal_lm_loss, lm_batch(4), share_prefix=False)
+    before, _ = estimates(model, lm_loss, lm_batch(4), share_prefix=False)
     handing_on(model, how)
     with caplog.at_level(logging.WARNING, logger="adazeta"):
-        shared, opt = estimates(model, causal_lm_loss, lm_batch(4))
+        shared, opt = estimates(model, lm_loss, lm_batch(4))
     assert opt.prefix.misses == 0 and "more than hidden states" in reason(caplog)
     assert len(caplog.records) == 1  # once, not in every step
-    plain, _ = estimates(model, causal_lm_loss, lm_batch(4), share_prefix=False)
+    plain, _ = estimates(model, lm_loss, lm_batch(4), share_prefix=False)
     assert torch.equal(shared, plain) and not torch.allclose(shared, before, atol=1e-3)
 
 

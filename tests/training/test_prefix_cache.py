@@ -9,7 +9,7 @@ from tiny import lm_batch, tiny_adapted
 
 from adazeta import ZerothOrder
 from adazeta.frozen import pack, unpack
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.prefix_cache import DiskCache, MemoryCache, read_setting
 
 BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7], [1, 4, 2, 7], [0, 6, 5, 3], [7, 2], [1, 0, 6]]
@@ -25,7 +25,7 @@ def train(opt, batches=BATCHES):
     data = lm_batch(8)
     losses = [0.0] * len(batches)
     for number, rows in enumerate(batches):
-        losses[number] = opt.estimate(causal_lm_loss, {name: value[rows] for name, value in data.items()})
+        losses[number] = opt.estimate(lm_loss, {name: value[rows] for name, value in data.items()})
         opt.step()
     return losses, opt.fingerprint()
 

@@ -5,7 +5,7 @@ import torch
 from tiny import dense_float64, lm_batch, tiny_adapted
 
 from adazeta.in_place import InPlace
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.planner import Planner
 from adazeta.probes import Plan, batch_size, evaluate_probes, probes_per_forward, take_rows
 from adazeta_kernels import perturb_
@@ -14,7 +14,7 @@ SIGNS = (1.0, -1.0)
 
 
 def losses_of(model, plan, batch, **kwargs):
-    return evaluate_probes(plan, batch, lambda rows: causal_lm_loss(model, rows), tt_model=model.base_model, **kwargs)
+    return evaluate_probes(plan, batch, lambda rows: lm_loss(model, rows), tt_model=model.base_model, **kwargs)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -52,7 +52,7 @@ def test_virtual_probes_equal_dense_float64(rows, tokens, probes):
         moved = theta.clone()
         perturb_([moved], [seed], [0.05])
         dense = dense_float64(model, moved)
-        torch.testing.assert_close(row, causal_lm_loss(dense, batch), atol=2e-6, rtol=0)
+        torch.testing.assert_close(row, lm_loss(dense, batch), atol=2e-6, rtol=0)
 
 
 def test_virtual_equals_in_place():
@@ -61,7 +61,7 @@ def test_virtual_equals_in_place():
     plan = Plan([5, 6, 7], 0.05, SIGNS, 1, 4)
     virtual = losses_of(model, plan, batch)
     with InPlace([model.base_model.theta()]) as others:
-        in_place = evaluate_probes(plan, batch, lambda rows: causal_lm_loss(model, rows), others=others)
+        in_place = evaluate_probes(plan, batch, lambda rows: lm_loss(model, rows), others=others)
     torch.testing.assert_close(virtual, in_place, atol=2e-6, rtol=0)
 
 
@@ -113,7 +113,7 @@ def test_a_loss_that_averages_is_refused():
     model = tiny_adapted()
     plan = Plan([1], 0.1, SIGNS, 1, 4)
     with pytest.raises(ValueError, match="one loss per row"):
-        evaluate_probes(plan, lm_batch(4), lambda rows: causal_lm_loss(model, rows).mean(), tt_model=model.base_model)
+        evaluate_probes(plan, lm_batch(4), lambda rows: lm_loss(model, rows).mean(), tt_model=model.base_model)
 
 
 def test_a_step_goes_on_in_smaller_forwards_when_memory_runs_out(caplog):
@@ -124,7 +124,7 @@ def test_a_step_goes_on_in_smaller_forwards_when_memory_runs_out(caplog):
         seen.append(len(rows["input_ids"]))
         if seen[-1] > 12:
             raise torch.OutOfMemoryError("tried to allocate too much")
-        return causal_lm_loss(model, rows)
+        return lm_loss(model, rows)
 
     planner = Planner(probes_per_forward=8)
     results = [evaluate_probes(plan, batch, loss, tt_model=model.base_model, planner=planner) for _ in range(2)]

@@ -8,7 +8,7 @@ from tiny import lm_batch, tiny_adapted, tiny_llama
 from torch import nn
 
 from adazeta import ZerothOrder, streamed
-from adazeta.losses import causal_lm_loss
+from adazeta.losses import lm_loss
 from adazeta.streamed import Streamed
 from adazeta_kernels import derive_seeds, perturb_
 
@@ -45,13 +45,13 @@ def assert_same_as_a_copy(model, forward, names=None, **probe):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_are_those_of_a_perturbed_copy_bit_for_bit(dtype, tied):
     model = tiny_llama(tie_word_embeddings=tied).to(dtype)
-    assert_same_as_a_copy(model, lambda m: causal_lm_loss(m, lm_batch(4)), offset=1003)
+    assert_same_as_a_copy(model, lambda m: lm_loss(m, lm_batch(4)), offset=1003)
 
 
 def test_a_subset_in_named_order():
     model = tiny_llama()
     names = [n for n, _ in model.named_parameters() if "norm" in n or "layers.1.mlp" in n]
-    assert_same_as_a_copy(model, lambda m: causal_lm_loss(m, lm_batch(4)), names=names)
+    assert_same_as_a_copy(model, lambda m: lm_loss(m, lm_batch(4)), names=names)
 
 
 class Oddities(nn.Module):
@@ -104,7 +104,7 @@ def test_stored_weights_keep_their_bits_after_an_estimate(ending):
     addresses = [p.data_ptr() for p in model.parameters()]
 
     def loss(m, rows):
-        values = causal_lm_loss(m, rows)
+        values = lm_loss(m, rows)
         if len(rows["labels"]) == 4:  # not in the first look, which forbids to read them
             assert all(torch.equal(before[n], p) for n, p in m.named_parameters())
             if ending == "raises":
@@ -127,12 +127,11 @@ def test_an_estimate_is_that_of_copies(dtype):
     model, batch = tiny_llama().to(dtype), lm_batch(4)
     names = [n for n, _ in model.named_parameters()]
     opt = ZerothOrder(model, eps=0.05, queries=2, combine="mean", run_seed=9)
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     by_hand = []
     for seed in derive_seeds(9, 0, 2):
         a, b = (
-            on_a_copy(model, names, lambda m: causal_lm_loss(m, batch).double().mean(), seed, sign * 0.05)
-            for sign in (1, -1)
+            on_a_copy(model, names, lambda m: lm_loss(m, batch).double().mean(), seed, sign * 0.05) for sign in (1, -1)
         )
         by_hand.append((a - b) / 0.1)
     assert torch.equal(opt._projected[0], torch.stack(by_hand))
@@ -149,11 +148,11 @@ def test_adapters_and_a_head_together():
         saved = theta.clone(), head.clone()
         with torch.no_grad():
             perturb_([theta, head], derive_seeds(0, 0, 1), [sign])
-            losses.append(causal_lm_loss(model, batch).double().mean())
+            losses.append(lm_loss(model, batch).double().mean())
             theta.copy_(saved[0])
             head.copy_(saved[1])
     before = head.clone()
-    opt.estimate(causal_lm_loss, batch)
+    opt.estimate(lm_loss, batch)
     torch.testing.assert_close(opt._projected[0][0], (losses[0] - losses[1]) / 0.1, atol=1e-4, rtol=0)
     assert torch.equal(head, before)
     opt.step()
@@ -164,7 +163,7 @@ def test_adapters_and_a_head_together():
     "loss, buffers",
     [
         (lambda m, rows: m(rows["input_ids"]).logits.float().flatten(1).logsumexp(1), 1),
-        (causal_lm_loss, 2),  # holds the head's weight while the trunk runs
+        (lm_loss, 2),  # holds the head's weight while the trunk runs
     ],
 )
 def test_memory_is_the_largest_module(monkeypatch, loss, buffers):
@@ -272,7 +271,7 @@ def test_all_parameters_of_a_tiny_llama_learn(dtype, perturb):
     opt = ZerothOrder(model, lr=1e-2, eps=1e-2, queries=4, perturb=perturb)
     losses = []
     for _ in range(12):
-        losses.append(opt.estimate(causal_lm_loss, batch))
+        losses.append(opt.estimate(lm_loss, batch))
         opt.step()
     assert losses[-1] < losses[0] - 0.08
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())

@@ -133,9 +133,9 @@ def test_evaluation(tmp_path):
     run.train()
     assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [3, 6]
     with torch.no_grad():
-        from adazeta.losses import causal_lm_loss
+        from adazeta.losses import lm_loss
 
-        expected = float(causal_lm_loss(run.model, lm_batch(8)).mean())
+        expected = float(lm_loss(run.model, lm_batch(8)).mean())
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
