@@ -20,6 +20,9 @@ TOKENS_PER_FORWARD = {"cpu": 256, "default": 65536}
 #: might not fit is the footprint looked up, which takes a second for a large model.
 MOST_WIDTHS = 32
 
+#: Lengths are looked up in multiples of this: every look-up takes a second for a large model.
+LOOKED_UP = 32
+
 
 class Planner:
     """Choose the number of probes in a forward, and fewer from then on when memory runs out all the same.
@@ -70,13 +73,14 @@ class Planner:
         wanted = self.probes_per_forward or max(1, self._tokens(device) // max(1, rows * tokens))
         if self._most_tokens is not None:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
-        fitting = self._rows_that_fit(wanted * rows, tokens, device)
+        wide = -(-tokens // LOOKED_UP) * LOOKED_UP
+        fitting = self._rows_that_fit(wanted * rows, wide, device)
         if fitting < rows and not self._asked_for:  # nobody set this limit: memory may do all the same
             return 1
         if fitting < rows:
             raise ValueError(
                 f"a memory budget of {self._budget(device) / MIB:,.1f} MiB is too small for one probe of {rows} rows "
-                f"of {tokens} tokens, {self._bytes(rows, tokens) / MIB:,.1f} MiB: raise it, or take a smaller batch"
+                f"of up to {wide} tokens, {self._bytes(rows, wide) / MIB:,.1f} MiB: raise it, or take a smaller batch"
             )
         return fitting // rows
 
@@ -136,7 +140,6 @@ class Planner:
         """The most rows of a forward within the budget, at most ``wanted``."""
         if self.model is None or wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device):
             return wanted
-        tokens = -(-tokens // 32) * 32  # every look-up takes a second for a large model
         if (wanted, tokens) not in self._fitting:
             rows = wanted
             while rows and (taken := self._bytes(rows, tokens)) > self._budget(device):

@@ -65,15 +65,16 @@ def test_probes_in_a_forward_follow_from_tokens_and_budget():
     assert Planner(model).probes(2, 16) == knee // 32
     assert Planner(model).probes(8, 5000) == 1
     assert Planner(model, probes_per_forward=3).probes(2, 16) == 3
-    one, two = (forward_bytes(model, rows, 16, tt_model=model.base_model) for rows in (2, 4))
+    one, two = (forward_bytes(model, rows, 32, tt_model=model.base_model) for rows in (2, 4))
     planner = Planner(model, tt_model=model.base_model, memory_budget=one + 2 * (two - one))
-    count = planner.probes(2, 16)
-    taken = [forward_bytes(model, 2 * n, 16, tt_model=model.base_model) for n in (count, count + 1)]
+    count = planner.probes(2, 32)
+    taken = [forward_bytes(model, 2 * n, 32, tt_model=model.base_model) for n in (count, count + 1)]
     assert 2 <= count < 8 and taken[0] <= planner.memory_budget < taken[1]
+    assert planner.probes(2, 9) == count, "lengths are looked up in multiples of 32"
 
 
 def test_a_budget_too_small_for_one_probe():
-    with pytest.raises(ValueError, match=r"budget of 0\.0 MiB is too small for one probe of 4 rows of 16 tokens"):
+    with pytest.raises(ValueError, match=r"budget of 0\.0 MiB is too small for one probe of 4 rows of up to 32 tokens"):
         Planner(adapted("llama"), memory_budget=1000).probes(4, 16)
     for wrong in (0, -1):
         with pytest.raises(ValueError, match=f"memory_budget must be a positive number of bytes or None, got {wrong}"):
