@@ -21,77 +21,54 @@ def milliseconds(value):
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def times(value):
-    return f"{value:.1f}x"
-
-
-def decimals(value):
-    return f"{value:.2f}x"
-
-
-def share(value):
-    return f"{value:.2f} %"
-
-
-def percent(value):
-    return f"{value:.0f} %"
-
-
-def error(value):
-    return f"{value:.1e}"
-
+times, decimals = "{:.1f}x".format, "{:.2f}x".format
+share, percent = "{:.2f} %".format, "{:.0f} %".format
+error = "{:.1e}".format
 
 # Heading, key of extra_info, how it is written.
+THREADS = ("threads", "threads", str)
 COMMON = [
-    ("threads", "threads", str),
+    THREADS,
     ("native, ms", "native_ms", milliseconds),
-    ("copy, GB/s", "copy_gb_per_s", lambda value: f"{value:.1f}"),
+    ("copy, GB/s", "copy_gb_per_s", "{:.1f}".format),
     ("of copy", "percent_of_copy", percent),
 ]
+COPY_NEW = ("of copy to new memory", "percent_of_copy_new", percent)
+TORCH_MS, TIMES_TORCH = ("torch, ms", "torch_ms", milliseconds), ("against torch", "times_torch", times)
+ERRORS = [("error", "error", error), ("torch's error", "torch_error", error)]
+GEMM, APART = ("GEMM", "gemm", str), ("losses apart", "apart", error)
 COLUMNS = {
     "perturb_": [
         *COMMON,
         ("of in place", "percent_of_in_place", percent),
-        ("torch, ms", "torch_ms", milliseconds),
-        ("against torch", "times_torch", times),
+        TORCH_MS,
+        TIMES_TORCH,
         ("against one seed a pass", "times_one_by_one", times),
         ("one tensor, ms", "one_tensor_ms", milliseconds),
     ],
-    "tt_factors": [
-        *COMMON,
-        ("of copy to new memory", "percent_of_copy_new", percent),
-        ("torch, ms", "torch_ms", milliseconds),
-        ("against torch", "times_torch", times),
-        ("reference, ms", "reference_ms", milliseconds),
-        ("error", "error", error),
-        ("torch's error", "torch_error", error),
-    ],
+    "tt_factors": [*COMMON, COPY_NEW, TORCH_MS, TIMES_TORCH, ("reference, ms", "reference_ms", milliseconds), *ERRORS],
     "tt_adapter": [
         ("dtype", "dtype", str),
         *COMMON,
-        ("of copy to new memory", "percent_of_copy_new", percent),
+        COPY_NEW,
         ("against reference", "times_reference", times),
-        ("against torch", "times_torch", times),
-        ("error", "error", error),
-        ("torch's error", "torch_error", error),
+        TIMES_TORCH,
+        *ERRORS,
     ],
     "step": [
-        ("threads", "threads", str),
-        ("GEMM", "gemm", str),
-        ("published, ms", "published_ms", milliseconds),
-        ("ours, ms", "ours_ms", milliseconds),
-        ("floor, ms", "floor_ms", milliseconds),
+        THREADS,
+        GEMM,
+        *((f"{side}, ms", f"{side}_ms", milliseconds) for side in ("published", "ours", "floor")),
         ("against published", "times_published", decimals),
         ("its head at one position", "times_published_scored", decimals),
         ("of floor", "percent_of_floor", percent),
-        ("rows/s", "rows_per_s", milliseconds),
-        ("tokens/s", "tokens_per_s", milliseconds),
+        *((f"{what}/s", f"{what}_per_s", milliseconds) for what in ("rows", "tokens")),
         ("peak, MiB", "peak_ours_mib", milliseconds),
         ("published's peak", "peak_published_mib", milliseconds),
-        ("losses apart", "apart", error),
+        APART,
     ],
     "step_split": [
-        ("threads", "threads", str),
+        THREADS,
         *((name, f"split_{name}", share) for name in ("base", "adapters", "factors", "head", "update", "journal")),
         ("host", "split_host", share),
         ("adapters, factors, update, journal", "split_own", share),
@@ -99,16 +76,16 @@ COLUMNS = {
     "padding": [
         ("processed tokens", "processed", str),
         ("real tokens", "real", str),
-        ("processed / real", "over", lambda value: f"{value:.3f}"),
+        ("processed / real", "over", "{:.3f}".format),
     ],
     "upper_quarter": [
-        ("threads", "threads", str),
-        ("GEMM", "gemm", str),
+        THREADS,
+        GEMM,
         ("step, ms", "upper_ms", milliseconds),
         ("nothing kept, ms", "nothing_kept_ms", milliseconds),
         ("adapters in all blocks, ms", "all_ms", milliseconds),
         ("of that", "percent_of_all", percent),
-        ("losses apart", "apart", error),
+        APART,
     ],
 }
 COLUMNS["step_grid"] = [column for column in COLUMNS["step"] if "peak" not in column[1]]
