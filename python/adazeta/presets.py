@@ -1,4 +1,4 @@
-"""Named recipes: ``paper`` as AdaZeta published it, ``default`` the best measured here (docs/guide.md)."""
+"""Named recipes: ``paper`` as AdaZeta published it, ``default`` the best measured here (docs/experiments.md)."""
 
 from dataclasses import dataclass, field
 from typing import Any

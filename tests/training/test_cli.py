@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_run import PAPER, SMALL, adazeta, fails, main, train_command
 
-from adazeta import cli
+from adazeta.commands import train
 from adazeta.progress import read_metrics
 
 
@@ -139,8 +139,8 @@ def test_the_demo_on_a_small_scale(world, capsys, monkeypatch):
     examples = data.read_examples(folder / "data.jsonl")
     monkeypatch.setattr(data, "load_splits", lambda *a, **k: data.split_examples(examples, test=20, dev=6))
     defaults = {"model": str(folder / "base")}
-    resolve = cli.resolve
-    monkeypatch.setattr(cli, "resolve", lambda flags, *a, **k: resolve({**flags, **defaults}, *a, **k))
+    resolve = train.resolve
+    monkeypatch.setattr(train, "resolve", lambda flags, *a, **k: resolve({**flags, **defaults}, *a, **k))
     code, out, err = main(capsys, "demo", *SMALL, "--output", folder / "demo")
     assert code == 0, err
     for expected in (

@@ -1,0 +1,39 @@
+"""The commands of ``adazeta``, one file each: ``add(commands)`` gives the parser its flags, ``run`` does the work.
+
+torch and transformers are imported when a command runs, so that help is there at once. Results go to stdout, progress
+and notes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1  # exit statuses
+
+
+def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    """Add a command to the parser and return its own; ``run(arguments)`` returns the exit status, None for 0."""
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from (default: off)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def say(line: str) -> None:
+    """Print a note to stderr, where progress goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and notes off the terminal."""
+    import warnings
+
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # missing keys: told as an error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)

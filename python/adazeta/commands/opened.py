@@ -1,0 +1,33 @@
+"""What ``eval`` and ``predict`` have in common: opening what their command line names."""
+
+from __future__ import annotations
+
+from ..options import MODEL, TASK, resolve
+from . import quiet, say
+
+NAME = "run folder, base model folder, or 'smollm2'"
+JOURNAL = "adapter from a journal; RUN_OR_MODEL then is the base model, or a run on it (default: none)"
+
+
+def opened(arguments):
+    """Open what an eval or predict command names; task flags override the run's own task."""
+    from ..base_models import architecture, model_folder
+    from ..runs import Classifier, card_for, own_task
+    from ..tasks import choose, to_dict
+
+    quiet()
+    given = {option.key for option in TASK if hasattr(arguments, option.key)}
+    values = resolve(vars(arguments), [*MODEL[1:], *TASK])
+    task = None
+    if given:
+        card, own = card_for(arguments.name, arguments.journal), {}
+        if stored := own_task(card, arguments.journal or arguments.name):
+            own = {"task": stored.kind, **to_dict(stored)}
+        merged = {**values, **{key: value for key, value in own.items() if key not in given}}
+        task = choose(merged, architecture(model_folder(card["base_model"], say)))
+    if values["threads"]:
+        import torch
+
+        torch.set_num_threads(values["threads"])
+    dtype = None if values["dtype"] == "auto" else values["dtype"]
+    return Classifier.open(arguments.name, task=task, dtype=dtype, journal=arguments.journal, say=say)
