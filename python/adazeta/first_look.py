@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .frozen import PackedLinear
 from .in_place import InPlace
 from .planner import Planner
 from .probes import Plan, batch_size, evaluate_probes, take_rows
@@ -21,9 +22,9 @@ FAR = 1.0
 
 def tolerance(model: nn.Module) -> float:
     """Return the relative difference up to which losses are equal: the root of the coarsest dtype's epsilon."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = {p.dtype for p in parameters}
-    for device in {p.device.type for p in parameters}:
+    held = [*model.parameters(), *(m.packed for m in model.modules() if isinstance(m, PackedLinear))]
+    dtypes = {tensor.dtype for tensor in held if tensor.is_floating_point()}
+    for device in {tensor.device.type for tensor in held}:
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5

@@ -10,7 +10,8 @@ from peft import get_peft_model
 from tiny import lm_batch, tiny_adapted, tiny_llama
 from torch import nn
 
-from adazeta import TTConfig, ZerothOrder
+from adazeta import TTConfig, ZerothOrder, frozen
+from adazeta.first_look import tolerance
 from adazeta.losses import LabelWords, lm_loss
 
 
@@ -103,6 +104,15 @@ def test_independent_rows_share_forwards_without_a_word(dtype):
         opt.estimate(counted, BATCH)
         opt.estimate(counted, BATCH)
     assert seen == [2, 4, 2, 24, 24]
+
+
+def test_rounding_of_mixed_layers_is_no_mixing_packed_or_not():
+    model = tiny_llama()
+    expected = tolerance(model)
+    assert frozen.mix(model.requires_grad_(False)) and tolerance(model) > 10 * expected
+    plain = tolerance(model)
+    frozen.pack(model, tokens=16)
+    assert tolerance(model) == plain
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
