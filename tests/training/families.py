@@ -1,16 +1,12 @@
-"""One tiny random model of every family in the table of sites, batches for it, and a dense float64 writing of it."""
-
-import copy
+"""One tiny random model of every family in the table of sites, and batches for it."""
 
 import torch
 import transformers
 from peft import get_peft_model
-from tiny import dense_maps
-from torch import nn
+from tiny import moved
 
 from adazeta import TTConfig
 from adazeta.scoring import kind_of
-from adazeta_kernels import fill_normal_
 
 _COMMON = {
     "vocab_size": 64,
@@ -104,12 +100,7 @@ def adapted(model_type: str, noise: float = 0.3, auto=None, task_type=None, **co
     """Return the model with TT adapters away from the identity by ``noise``."""
     settings = {"rank": 2, "bottleneck": 8, "act": "gelu", "task_type": task_type, **config}
     model = get_peft_model(build(model_type, auto), TTConfig(**settings)).eval()
-    if noise:
-        theta = model.base_model.theta()
-        z = torch.empty_like(theta)
-        fill_normal_(z, 123)
-        theta.add_(noise * z)
-    return model
+    return moved(model, noise)
 
 
 def batch_for(model, rows: int, tokens: int, seed: int = 0, left: bool = False) -> dict[str, torch.Tensor]:
@@ -137,34 +128,3 @@ def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tenso
         name: value[row : row + 1] if value.shape[1] != len(real) else value[row : row + 1, real]
         for name, value in batch.items()
     }
-
-
-class _Dense(nn.Module):
-    """Float64 stand-in for a ``TTLayer``: dense matrices before or behind the base layer."""
-
-    def __init__(self, layer, theta):
-        super().__init__()
-        self.base, self.placement = layer.base_layer.double(), layer.placement["default"]
-        self.weight = getattr(self.base, "weight", None)  # T5 looks at its output projection's
-        self.maps = dense_maps(theta, layer.layout["default"])
-
-    def adapt(self, x):
-        w_down, b_down, w_up, b_up = self.maps
-        return x + nn.functional.gelu(x @ w_down + b_down) @ w_up + b_up
-
-    def forward(self, x):
-        return self.adapt(self.base(x)) if self.placement == "post" else self.base(self.adapt(x))
-
-
-def dense_float64(model, theta: torch.Tensor):
-    """Return the base model in float64 with every adapter at ``theta`` written out as dense matrices."""
-    base, offset = copy.deepcopy(model).base_model.model.double(), 0
-    if hasattr(base.config, "_experts_implementation"):
-        base.set_experts_implementation("eager")  # the default one has no float64
-    for name, layer in model.base_model.tt_layers("default"):
-        numel = layer.layout["default"].numel
-        parent, _, child = name.rpartition(".")
-        stand_in = _Dense(base.get_submodule(name), theta[offset : offset + numel])
-        setattr(base.get_submodule(parent), child, stand_in)
-        offset += numel
-    return base

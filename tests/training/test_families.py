@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, MASKED, adapted, batch_for, build, dense_float64, row_alone
+from families import FAMILIES, MASKED, adapted, batch_for, build, row_alone
 from peft import get_peft_model
+from tiny import dense_float64
 
 from adazeta import TTConfig
 from adazeta.losses import lm_loss

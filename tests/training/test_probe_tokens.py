@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import lm_batch, tiny_adapted
+from tiny import DenseAdapter, dense_float64, lm_batch, tiny_adapted
 from torch import nn
 
 from adazeta import ZerothOrder
@@ -56,34 +56,18 @@ def test_one_token_per_probe_equals_one_row_per_probe(groups, left, limit):
         assert rows == 4  # every prompt once
 
 
-class LastTokenDense(nn.Module):
+class LastTokenDense(DenseAdapter):
     """Float64 stand-in: the dense adapter on one column of the base layer's output."""
-
-    def __init__(self, layer, theta):
-        super().__init__()
-        from tiny import dense_maps
-
-        self.base, self.maps = layer.base_layer, dense_maps(theta, layer.layout["default"])
 
     def forward(self, x):
         y = self.base(x).clone()
-        w_down, b_down, w_up, b_up = self.maps
-        last = y[:, -1]
-        y[:, -1] = last + nn.functional.gelu(last @ w_down + b_down) @ w_up + b_up
+        y[:, -1] = self.adapt(y[:, -1])
         return y
 
 
 def dense_last(model, theta):
-    import copy
-
-    base, offset = copy.deepcopy(model).base_model.model.double(), 0
+    base = dense_float64(model, theta, LastTokenDense)
     base._forward_pre_hooks.clear()
-    for name, layer in model.base_model.tt_layers("default"):
-        numel = layer.layout["default"].numel
-        parent, _, child = name.rpartition(".")
-        stand_in = LastTokenDense(base.get_submodule(name), theta[offset : offset + numel])
-        setattr(base.get_submodule(parent), child, stand_in)
-        offset += numel
     return base
 
 

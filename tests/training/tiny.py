@@ -1,5 +1,7 @@
 """Tiny models with random weights, and dense float64 writings of what the adapters compute."""
 
+import copy
+
 import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,11 +31,15 @@ def tiny_adapted(layers: int = 3, seed: int = 0, noise: float = 0.0, dtype=torch
     model = get_peft_model(
         tiny_llama(layers, seed).to(dtype), TTConfig(**{"rank": 3, "bottleneck": 8, "act": "gelu", **config})
     ).eval()
-    if noise:
-        theta = model.base_model.theta()
-        z = torch.empty_like(theta)
-        fill_normal_(z, 123)
-        theta.add_(noise * z)
+    return moved(model, noise)
+
+
+def moved(model, noise: float):
+    """Move the adapter's theta away from its initial values by ``noise`` times a fixed direction; return the model."""
+    theta = model.base_model.theta()
+    z = torch.empty_like(theta)
+    fill_normal_(z, 123)
+    theta.add_(noise * z)
     return model
 
 
@@ -67,36 +73,31 @@ def dense_maps(theta: torch.Tensor, layout) -> tuple[torch.Tensor, ...]:
 
 
 class DenseAdapter(torch.nn.Module):
-    """Float64 stand-in for a ``TTLayer``: the base layer, then dense matrices (``post``)."""
+    """Float64 stand-in for a ``TTLayer``: dense matrices, with gelu between them, before or behind the base layer."""
 
-    def __init__(self, base, theta, layout, act, scale=1.0):
+    def __init__(self, layer, theta):
         super().__init__()
-        self.base, self.act, self.scale = base, act, scale
-        self.maps = dense_maps(theta, layout)
+        self.base, self.placement, self.scale = layer.base_layer, layer.placement["default"], layer.scale["default"]
+        self.weight = getattr(self.base, "weight", None)  # T5 looks at its output projection's
+        self.maps = dense_maps(theta, layer.layout["default"])
+
+    def adapt(self, x):
+        w_down, b_down, w_up, b_up = self.maps
+        return x + self.scale * (torch.nn.functional.gelu(x @ w_down + b_down) @ w_up + b_up)
 
     def forward(self, x):
-        y = self.base(x)
-        w_down, b_down, w_up, b_up = self.maps
-        return y + self.scale * (self.act(y @ w_down + b_down) @ w_up + b_up)
+        return self.adapt(self.base(x)) if self.placement == "post" else self.base(self.adapt(x))
 
 
-def dense_float64(model, theta: torch.Tensor) -> LlamaForCausalLM:
+def dense_float64(model, theta: torch.Tensor, stand_in=DenseAdapter):
     """The base model of ``model`` in float64 with every adapter at ``theta`` written out as dense matrices."""
-    import copy
-
-    layers = model.base_model.tt_layers("default")
-    base = copy.deepcopy(model).base_model.model.double()
-    offset = 0
-    for name, layer in layers:
-        layout = layer.layout["default"]
+    tt_model = copy.deepcopy(model).base_model
+    base, offset = tt_model.model.double(), 0
+    if hasattr(base.config, "_experts_implementation"):
+        base.set_experts_implementation("eager")  # the default one has no float64
+    for name, layer in tt_model.tt_layers("default"):
+        numel = layer.layout["default"].numel
         parent, _, child = name.rpartition(".")
-        dense = DenseAdapter(
-            base.get_submodule(name).base_layer,
-            theta[offset : offset + layout.numel],
-            layout,
-            torch.nn.functional.gelu,
-            layer.scale["default"],
-        )
-        setattr(base.get_submodule(parent), child, dense)
-        offset += layout.numel
+        setattr(base.get_submodule(parent), child, stand_in(layer, theta[offset : offset + numel]))
+        offset += numel
     return base
