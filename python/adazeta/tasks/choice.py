@@ -8,44 +8,30 @@ from typing import ClassVar
 
 from adazeta.data import Example, Prompts
 from adazeta.errors import UserError
-from adazeta.tasks.completion import answer_tokens, check_answers
-from adazeta.tasks.prompts import check_template, encode_prompts
+from adazeta.tasks.answers import AnswerTask, answer_tokens
+from adazeta.tasks.prompts import encode_prompts
 
 
 @dataclass(frozen=True)
-class ChoiceTask:
+class ChoiceTask(AnswerTask):
     """A prompt template; the data gives every example its candidates, and as label the right one or its number from 0.
 
     Candidate ``k`` has probability ``softmax_k(log p(candidate_k | prompt))``, with the log likelihood divided by the
     candidate's number of tokens unless ``normalize`` is False.
 
     Args:
-        template: the prompt, with ``{text}`` once, up to where the candidate begins.
-        max_tokens: longest prompt in tokens, the candidate not counted; a longer text loses its end.
         normalize: divide by the number of tokens.
         candidates: the most candidates of an example in training, what a step costs is planned for. All examples are
             filled up to as many; where one has more, up to its number.
     """
 
-    template: str = "{text}"
-    max_tokens: int = 256
     normalize: bool = True
     candidates: int = 2
     kind: ClassVar[str] = "choice"
-    labels: ClassVar[None] = None
 
-    def __post_init__(self):
-        check_template(self.template)
-
-    def loss(self, model, tokenizer):
-        """Return the fp32 loss per row, :class:`adazeta.losses.CandidateLikelihood`.
-
-        Raises:
-            UserError: a masked language model, which says nothing of what follows a prompt.
-        """
+    def row_loss(self):
+        """Return the fp32 loss per row, :class:`adazeta.losses.CandidateLikelihood`."""
         from adazeta.losses import CandidateLikelihood
-
-        check_answers(model, self.kind)
 
         return CandidateLikelihood(self.candidates, self.normalize)
 

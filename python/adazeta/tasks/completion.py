@@ -7,50 +7,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adazeta.data import Example, Prompts
-from adazeta.errors import UserError
-from adazeta.tasks.prompts import check_template, encode_prompts
-
-
-def answer_tokens(tokenizer, template: str, answer: str) -> list[int]:
-    """Return the tokens of an answer as it follows the template: with a space before it unless one is there."""
-    space = "" if not template or template[-1].isspace() else " "
-    return tokenizer.encode(space + answer, add_special_tokens=False)
-
-
-def check_answers(model, kind: str) -> None:
-    """Raise UserError unless the model can say what follows a prompt."""
-    from adazeta.scoring import kind_of
-
-    if kind_of(model) == "masked":
-        raise UserError(f"task {kind} needs a causal or encoder-decoder model; a masked one takes label-words or head")
+from adazeta.tasks.answers import AnswerTask, answer_tokens
+from adazeta.tasks.prompts import encode_prompts
 
 
 @dataclass(frozen=True)
-class CompletionTask:
-    """A prompt template; the data's labels are the answers. The loss is the mean over an answer's tokens and its end.
+class CompletionTask(AnswerTask):
+    """A prompt template; the data's labels are the answers. The loss is the mean over their tokens and their end."""
 
-    Args:
-        template: the prompt, with ``{text}`` once, up to where the answer begins.
-        max_tokens: longest prompt in tokens, the answer not counted; a longer text loses its end.
-    """
-
-    template: str = "{text}"
-    max_tokens: int = 256
     kind: ClassVar[str] = "completion"
-    labels: ClassVar[None] = None
 
-    def __post_init__(self):
-        check_template(self.template)
-
-    def loss(self, model, tokenizer):
-        """Return the fp32 loss per row, :class:`adazeta.losses.Completion`.
-
-        Raises:
-            UserError: a masked language model, which says nothing of what follows a prompt.
-        """
+    def row_loss(self):
+        """Return the fp32 loss per row, :class:`adazeta.losses.Completion`."""
         from adazeta.losses import Completion
-
-        check_answers(model, self.kind)
 
         return Completion()
 
