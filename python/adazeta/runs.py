@@ -21,7 +21,7 @@ from adazeta import __version__
 from adazeta.base_models import Say, architecture, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.files import disk_errors, write_text
-from adazeta.options import plain
+from adazeta.option import plain
 from adazeta.tasks import Task, choose, from_dict, to_dict
 
 CARD, ADAPTER, METRICS, SUMMARY, CURVES = (

@@ -11,6 +11,8 @@ import pytest
 from tiny_run import fails, main
 
 from adazeta import cli, options
+from adazeta.option import plain
+from adazeta.schedule import AdaptiveQueries
 
 
 def test_yaml_takes_the_keys_of_the_flags_and_flags_win(tmp_path):
@@ -23,11 +25,11 @@ def test_yaml_takes_the_keys_of_the_flags_and_flags_win(tmp_path):
     values = options.resolve({"steps": "9"}, options.TRAIN, preset="paper", from_file=from_file)
     assert (values["steps"], values["lr"], values["eval_every"]) == (9, 1e-3, 5)
     assert values["label_words"] == {"bad": " terrible", "good": " great"}
-    assert options.section("zo", values, "paper")["queries"] == options.AdaptiveQueries(1, 0.5, 8, "step")
+    assert options.section("zo", values, "paper")["queries"] == AdaptiveQueries(1, 0.5, 8, "step")
     assert options.section("zo", values, "paper")["eps"] == options.PRESETS["paper"].zo["eps"]
     tt = options.section("tt", values, "paper")
     assert (tt["bias"], tt["layers_to_transform"]) == (False, [0, 2])
-    stored = {key: options.plain(value) for key, value in values.items()}
+    stored = {key: plain(value) for key, value in values.items()}
     assert options.resolve({}, options.TRAIN, stored=json.loads(json.dumps(stored))) == values
 
 
