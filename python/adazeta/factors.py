@@ -37,12 +37,12 @@ class FactorGroups:
         self._begin: int | None = None
         self._factors: torch.Tensor | None = None
         limit, name = FACTOR_BYTES.get(theta.device.type, FACTOR_BYTES["default"]), probes.adapter
-        before, begin = None, 0
+        before, begin, most = None, 0, 0
         for layer in layers:
             offset, layout = layer.offset[name], layer.layout[name]
-            most = limit // (4 * len(probes) * layout.factor_numel)
-            if before is None or layout != before or self._size[begin] >= most:
-                begin = offset
+            same = layout is before or layout == before
+            if not same or self._size[begin] >= most:
+                begin, most = offset, limit // (4 * len(probes) * layout.factor_numel)
                 self._size[begin] = 0
             self._place[id(layer)] = (begin, self._size[begin])
             self._size[begin] += 1

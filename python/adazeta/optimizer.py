@@ -29,6 +29,7 @@ from .probes import Plan, batch_size, evaluate_probes, groups_of
 from .recording import record_run
 from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
+from .state import check_state, restore, state_of
 from .tokens import TokenCount
 from .update import Step, Trainable, apply_step
 
@@ -140,6 +141,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self._header: dict = {}
         self._counted = (0, 0)
         self._momentum: list[torch.Tensor] = []
+        self._decayed: list[torch.Tensor] = []  # of theta, as long as it is _decayed_of
+        self._decayed_of: torch.Tensor | None = None
         self._seeds_used = 0
         self._projected: list[torch.Tensor] = []
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -147,9 +150,10 @@ class ZerothOrder(torch.optim.Optimizer):
     def trainable(self) -> Trainable:
         """Return the numbers that ``step`` changes: flat ``theta`` of the adapter, then the other parameters."""
         theta = [self.tt_model.theta(self.adapter)] if self.tt_model else []
-        decayed = decayed_views(theta[0], [layout for _, layout in self.sites]) if theta else []
-        decayed += [p.data for p in self.others.values() if p.ndim > 1]
-        tensors = theta + [p.data for p in self.others.values()]
+        if theta and self._decayed_of is not theta[0]:
+            self._decayed, self._decayed_of = decayed_views(theta[0], [layout for _, layout in self.sites]), theta[0]
+        others = [p.data for p in self.others.values()]
+        tensors, decayed = theta + others, self._decayed + [tensor for tensor in others if tensor.ndim > 1]
         self._momentum = [m.to(t.device) for m, t in zip(self._momentum, tensors)]  # the model may have moved
         return Trainable(tensors, decayed, self._momentum)
 
@@ -363,18 +367,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-identical continuation needs besides the parameters."""
-        own = {
-            "step": self.step_index,
-            "rows": self.rows,
-            "evaluations": self.evaluations,
-            "tokens": (self.tokens.processed, self.tokens.real),
-            "dropped": self.dropped,
-            "clipped": self.clipped,
-            "run_seed": self.run_seed,
-            "momentum": [m.clone() for m in self._momentum],
-            "settings": {name: self.defaults[name] for name in ("lr", "momentum", "weight_decay")},
-        }
-        return {**super().state_dict(), "zeroth_order": own}
+        return {**super().state_dict(), "zeroth_order": state_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; of lr, momentum and weight decay what is set now, where it is new.
@@ -384,24 +377,9 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another run seed or to other parameters.
         """
-        own = state_dict["zeroth_order"]
-        if own["run_seed"] != self.run_seed:
-            raise ValueError(f"the state was saved with run_seed {own['run_seed']}, this run has {self.run_seed}")
-        shapes = [t.shape for t in self.trainable().tensors]
-        if own["momentum"] and [m.shape for m in own["momentum"]] != shapes:
-            raise ValueError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
+        check_state(self, state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        group, now = self.param_groups[0], self.defaults
-        changed = {name for name, value in own.get("settings", {}).items() if value != now[name]}
-        group.update({name: now[name] for name in changed})
-        if "lr" in changed:
-            then, scheduled = own["settings"]["lr"], state_dict["param_groups"][0]["lr"]
-            group["lr"], group["initial_lr"] = now["lr"] * (scheduled / then if then else 1.0), now["lr"]
-        self.step_index, self.rows, self.evaluations = own["step"], own["rows"], own["evaluations"]
-        self.dropped, self.clipped = own["dropped"], own["clipped"]
-        self._counted = (self.rows, self.evaluations)
-        self.tokens.restore(*own.get("tokens", (0, 0)))
-        self._momentum = [m.to(t.device).clone() for m, t in zip(own["momentum"], self.trainable().tensors)]
+        restore(self, state_dict)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all trainable numbers: equal on machines that hold the same bits."""

@@ -135,13 +135,14 @@ def probing(tt_model, probes: Probes) -> Iterator[None]:
     """
     layers = [layer for _, layer in tt_model.tt_layers(probes.adapter)]
     groups = FactorGroups(layers, probes, tt_model.theta(probes.adapter))
+    # Past the bookkeeping of nn.Module for attributes, which takes longer than all else here.
     for layer in layers:
-        layer.probes, layer.factor_groups = probes, groups
+        vars(layer).update(probes=probes, factor_groups=groups)
     try:
         yield
     finally:
         for layer in layers:
-            layer.probes = layer.factor_groups = None
+            vars(layer).update(probes=None, factor_groups=None)
 
 
 @torch.no_grad()

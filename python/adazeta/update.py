@@ -97,9 +97,8 @@ def apply_step(
     seeds = torch.from_numpy(seeds[used].view(np.int64))
     scales = step_scales(step)[torch.from_numpy(used)]
     options = {"distribution": distribution, "backend": backend}
-    if step.weight_decay:
-        for view in trainable.decayed:
-            view.mul_(1.0 - step.lr * step.weight_decay)
+    if step.weight_decay and trainable.decayed:
+        torch._foreach_mul_(trainable.decayed, 1.0 - step.lr * step.weight_decay)
     if not step.momentum:
         if len(used):
             perturb_(trainable.tensors, seeds, scales, **options)

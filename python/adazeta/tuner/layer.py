@@ -60,7 +60,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
         }
 
     def forward(self, *args, **kwargs):
-        active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.tt_theta]
+        active = () if self._disable_adapters else [a for a in self.active_adapters if a in self.layout]
         for name in active:
             if self.placement[name] == "pre":
                 args = (self._adapt(args[0], name), *args[1:])

@@ -143,7 +143,7 @@ class TTModel(BaseTuner):
         return self._layers[adapter_name]
 
     def _parameters_of(self, adapter_name):
-        return [layer.tt_theta[adapter_name] for _, layer in self.tt_layers(adapter_name)]
+        return [layer.tt_theta._parameters[adapter_name] for _, layer in self.tt_layers(adapter_name)]
 
     def theta(self, adapter_name: str = "default") -> torch.Tensor:
         """Return the flat float32 vector that all parameters of ``adapter_name`` are views of.
@@ -156,13 +156,12 @@ class TTModel(BaseTuner):
         layers = [layer for _, layer in self.tt_layers(adapter_name)]
         if not layers:
             raise ValueError(f"no TT adapter named {adapter_name!r}; the model has {sorted(self.peft_config)}")
-        parameters = [layer.tt_theta[adapter_name] for layer in layers]
+        parameters = self._parameters_of(adapter_name)
         flat = self._theta.get(adapter_name)
-        if flat is not None and all(
-            p.data_ptr() == flat.data_ptr() + 4 * layer.offset[adapter_name] and p.device == flat.device
-            for layer, p in zip(layers, parameters)
-        ):
-            return flat
+        if flat is not None:
+            place = flat.data_ptr()
+            if all(p.data_ptr() == place + 4 * layer.offset[adapter_name] for layer, p in zip(layers, parameters)):
+                return flat
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             raise ValueError(f"the parameters of adapter {adapter_name!r} must be on one device, got {devices}")
