@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,6 +71,49 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, UserError) or number not in _ADVICE:
             raise
         raise UserError(f"cannot write {path}: {_ADVICE[number]}") from error
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike, *, overwrite: bool, ours: Sequence[str]) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; when the block ends well it takes the place of ``path``, else it is removed.
+
+    Args:
+        path: the folder to write.
+        overwrite: it may replace a folder that is not empty, if that holds one of the files ``ours``.
+
+    Raises:
+        UserError: ``path`` is in the way, or cannot be written; it is then as it was.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another folder")
+    if path.is_dir() and any(path.iterdir()):
+        if (path / "adazeta.json").is_file() or not any((path / name).is_file() for name in ours):
+            raise UserError(f"{path} is not empty and not an earlier export: choose another folder")
+        if not overwrite:
+            raise UserError(f"{path} exists already: add --overwrite, or choose another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename ``folder`` to ``path``; an earlier folder there goes only then, and stays if that cannot be done."""
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(folder, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from adazeta import __version__
 from adazeta.base_models import Say, architecture, load_base, model_folder
 from adazeta.errors import UserError
-from adazeta.files import disk_errors, write_text
+from adazeta.files import disk_errors, put_in_place, write_text
 from adazeta.option import plain
 from adazeta.tasks import Task, choose, from_dict, to_dict
 
@@ -323,16 +323,7 @@ def close_partial(partial: Path, output: str | Path) -> None:
     """Put the finished folder in the place of ``output``; an earlier run there goes only then."""
     output = Path(output)
     with disk_errors(output):
-        old = output.with_name(f".{output.name}.old-{os.getpid()}")
-        if output.exists():
-            os.rename(output, old)
-        try:
-            os.rename(partial, output)
-        except OSError:
-            if old.exists():
-                os.rename(old, output)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(partial, output)
 
 
 def card_of(settings: Mapping[str, Any], task: Task, preset: str) -> dict:

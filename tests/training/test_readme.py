@@ -77,7 +77,9 @@ def test_the_guide_trains_parameters_that_are_no_adapters(tmp_path, monkeypatch)
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/experiments.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/guide.md", "docs/experiments.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+)
 def test_code_blocks_are_closed(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
