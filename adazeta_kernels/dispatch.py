@@ -57,6 +57,18 @@ GPU_ORDER: dict[str, tuple[Order, ...]] = {
 }
 CPU_ORDER = Order(names=("native", "reference"), reason="Triton's interpreter is for tests, and runs by name only")
 
+# How many modes and transforms listen to ops. torch has no public way to ask; where these are gone, every call goes
+# through its dispatcher.
+try:
+    _DEPTHS = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._functorch.get_dynamic_layer_stack_depth,
+        torch._C._autograd._profiler_enabled,
+    )
+except AttributeError:
+    _DEPTHS = None
+_CLASSES = {torch.Tensor, torch.nn.Parameter}
+
 _log = logging.getLogger("adazeta_kernels")
 _choices: dict[tuple, Callable] = {}
 _explaining: ContextVar[bool] = ContextVar("adazeta_explaining", default=False)
@@ -173,6 +185,24 @@ def reference(op: str) -> Callable:
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a call would have to be recorded for autograd."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def plain(tensors, *args) -> bool:
+    """Whether torch's dispatcher would do no more with a call than to pass it on.
+
+    It would where a tensor is of a class of its own, meta, or a negated view (a contiguous one, as lists hold, never
+    is); where a mode or a transform (fake tensors, vmap, tracing) listens; and where a profiler names what it sees.
+
+    Args:
+        tensors: the first argument, a tensor or a list of them on one device.
+        args: the others.
+    """
+    if _DEPTHS is None or any(depth() for depth in _DEPTHS) or torch.jit.is_tracing():
+        return False
+    if isinstance(tensors, list):
+        return set(map(type, tensors)) <= _CLASSES and not tensors[0].is_meta
+    among = [tensors, *(arg for arg in args if isinstance(arg, torch.Tensor))]
+    return set(map(type, among)) <= _CLASSES and not any(t.is_meta or t.is_neg() for t in among)
 
 
 def differentiable(op: str, backend: str | None) -> Callable:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 
 from adazeta_kernels import checks, dispatch
 from adazeta_kernels.layout import TTAdapterLayout
@@ -22,12 +23,24 @@ from adazeta_kernels.layout import TTAdapterLayout
 _lib = torch.library.Library("adazeta", "DEF")
 
 
+_implementations = {}
+
+
 def _register(schema: str, impl, fake) -> None:
     """Register one op for all devices; a call costs a few microseconds, one of `custom_op` several times that."""
     name = schema.partition("(")[0]
+    _implementations[name] = impl
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adazeta::{name}", fake, lib=_lib)
+
+
+def _call(name: str, *args):
+    """Run an op: through torch's dispatcher where anything there would act on the call, else without that, which costs
+    half of a small call and .2 us per tensor of a list."""
+    if torch.compiler.is_compiling() or not dispatch.plain(*args):
+        return getattr(torch.ops.adazeta, name).default(*args)
+    return _implementations[name](*args)
 
 
 def fill_normal_(
@@ -66,7 +79,7 @@ def fill_normal_(
     signed, offset = checks.seed("fill_normal_", seed), checks.offset("fill_normal_", offset)
     checks.are_names("fill_normal_", distribution, backend)
     checks.no_leaf_in_grad_mode("fill_normal_", (out,))
-    torch.ops.adazeta.fill_normal_.default(out, signed, offset, distribution, backend)
+    _call("fill_normal_", out, signed, offset, distribution, backend)
     return out
 
 
@@ -76,6 +89,7 @@ def _fill_normal_(out, seed, offset, distribution, backend):
     checks.in_memory("fill_normal_", out=out)
     run = dispatch.select("fill_normal_", backend, out.device, out.dtype, elements=dispatch.rounded(out.numel()))
     run(out, seed % 2**64, offset, distribution)
+    increment_version(out)  # as torch's own ops do: autograd then refuses a backward that needs what was there
 
 
 _register(
@@ -134,7 +148,7 @@ def perturb_(
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
     checks.are_names("perturb_", distribution, backend)
     checks.no_leaf_in_grad_mode("perturb_", params)
-    torch.ops.adazeta.perturb_.default(params, seeds, scales, offset, decay, distribution, backend)
+    _call("perturb_", params, seeds, scales, offset, decay, distribution, backend)
 
 
 def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
@@ -145,6 +159,7 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     tensors = dispatch.rounded(len(params))
     run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype, tensors=tensors)
     run(params, seeds, scales, offset, decay, distribution)
+    increment_version(params)
 
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
@@ -222,7 +237,7 @@ def tt_factors(
         factors = run(theta, layout, seeds, scales, offset, distribution, rows)
         return factors[0] if adapters is None else factors
     args = (theta, layout._encoded, seeds, scales, offset, adapters, distribution, backend)
-    return torch.ops.adazeta.tt_factors.default(*args)
+    return _call("tt_factors", *args)
 
 
 def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, backend):
@@ -302,7 +317,7 @@ def tt_adapter(
     if dispatch.any_requires_grad(x, factors):
         _tt_adapter_checks(x, factors, layout, act, scale)
         return dispatch.differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
-    return torch.ops.adazeta.tt_adapter.default(x, factors, layout._encoded, act, scale, backend)
+    return _call("tt_adapter", x, factors, layout._encoded, act, scale, backend)
 
 
 def _tt_adapter(x, factors, layout, act, scale, backend):
@@ -370,7 +385,7 @@ def tt_linear(
     if dispatch.any_requires_grad(x, L, R, bias):
         checks.tt_linear(x, L, R, bias)
         return dispatch.differentiable("tt_linear", backend)(x, L, R, bias)
-    return torch.ops.adazeta.tt_linear.default(x, L, R, bias, backend)
+    return _call("tt_linear", x, L, R, bias, backend)
 
 
 def _tt_linear(x, L, R, bias, backend):
@@ -431,7 +446,7 @@ def low_rank_linear(
     if dispatch.any_requires_grad(x, base, A, B):
         checks.low_rank_linear(x, base, A, B)
         return dispatch.differentiable("low_rank_linear", backend)(x, base, A, B, scale)
-    return torch.ops.adazeta.low_rank_linear.default(x, base, A, B, scale, backend)
+    return _call("low_rank_linear", x, base, A, B, scale, backend)
 
 
 def _low_rank_linear(x, base, A, B, scale, backend):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adazeta_kernels as kernels
 from adazeta_kernels import TTAdapterLayout, dispatch
@@ -319,6 +320,7 @@ import sys
 sys.modules["triton"] = None  # as where it is not installed
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adazeta_kernels as kernels
 
@@ -332,3 +334,39 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_whatever_listens_to_ops_sees_them():
+    """Calls pass torch's dispatcher by only where nothing on it would act on them."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Own(torch.Tensor):
+        pass
+
+    names, theta = [], torch.zeros(5)
+    with Seen():
+        kernels.perturb_([theta], [1], [0.5])
+    assert "adazeta::perturb_" in names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        kernels.fill_normal_(theta, 3)
+    assert "adazeta::fill_normal_" in {event.key for event in profile.key_averages()}
+    assert dispatch.plain([theta]) and dispatch.plain(theta, torch.ones(2), None)
+    assert not dispatch.plain([theta.as_subclass(Own)])
+    assert not dispatch.plain([theta.to("meta")])
+    assert not dispatch.plain(torch.ones(1), torch._neg_view(theta))
+    assert kernels.fill_normal_(theta.to("meta"), 3).is_meta
+
+
+def test_a_write_is_counted():
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        kernels.perturb_([weight], [1], [0.5])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        assert kernels.fill_normal_(torch.empty(3), 1).any()
