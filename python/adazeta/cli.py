@@ -11,10 +11,23 @@ import sys
 from collections.abc import Sequence
 
 from adazeta import __version__
-from adazeta.commands import FAILED, INTERRUPTED, eval, export, fetch, info, journal, predict, replay, train
+from adazeta.commands import (
+    FAILED,
+    INTERRUPTED,
+    compare,
+    eval,
+    export,
+    fetch,
+    info,
+    journal,
+    plot,
+    predict,
+    replay,
+    train,
+)
 from adazeta.errors import UserError
 
-COMMANDS = [train, eval, predict, export, info, replay, journal, fetch]
+COMMANDS = [train, eval, predict, export, info, compare, plot, replay, journal, fetch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from adazeta.files import disk_errors, write_text
+from adazeta.runs import read_metrics
 
 SMOOTHING = 20  # train losses averaged in the bar
 
@@ -134,14 +135,6 @@ class MetricsFile(TrainerCallback):
         with disk_errors(self.path):
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Read ``metrics.jsonl``; a last line that was cut off is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
 
 class Limits(TrainerCallback):

@@ -46,6 +46,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """Read ``metrics.jsonl``; a last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON object, aside then renamed."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -24,6 +24,7 @@ from adazeta.runs import (
     Classifier,
     close_partial,
     open_partial,
+    read_metrics,
     resume_from,
     write_json,
 )
@@ -222,7 +223,6 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     from adazeta.demo import measure_memory
     from adazeta.frozen import choose_dtype
     from adazeta.plots import draw_curves
-    from adazeta.progress import read_metrics
 
     if settings["deterministic"]:
         settings = make_deterministic(settings)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_run import PAPER, SMALL, adazeta, fails, main, train_command
 
 from adazeta.commands import train
-from adazeta.progress import read_metrics
+from adazeta.runs import read_metrics
 
 
 def test_train_leaves_a_whole_run(world):

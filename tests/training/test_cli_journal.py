@@ -14,8 +14,8 @@ from tiny_run import fails, main, train_command, write_model
 from adazeta import UserError, cli
 from adazeta.journal import Journal, read, steps
 from adazeta.prepare import make_deterministic
-from adazeta.progress import Bar, read_metrics
-from adazeta.runs import open_partial, resume_from
+from adazeta.progress import Bar
+from adazeta.runs import open_partial, read_metrics, resume_from
 
 
 def test_replay_is_bit_identical_and_repairs(world, capsys, tmp_path):

@@ -1,10 +1,15 @@
 import json
+import re
+from xml.etree import ElementTree
 
 import pytest
 
+from adazeta.compare import Record
 from adazeta.errors import UserError
-from adazeta.plots import draw_curves, smooth
-from adazeta.progress import MetricsFile, read_metrics
+from adazeta.page import write_page
+from adazeta.plots import draw_curves, draw_runs, figure_of, smooth
+from adazeta.progress import MetricsFile
+from adazeta.runs import read_metrics
 
 LINES = [
     {"kind": "dev", "step": 0, "rows": 0, "seconds": 0.0, "loss": 0.7, "accuracy": 0.5},
@@ -60,6 +65,50 @@ def test_a_failed_drawing_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match="cannot write"):
         draw_curves(LINES, path / "below" / "curves.png")
+
+
+OLD = [{**line, "queries": 8, "spread": 0.5} if line["kind"] == "train" else line for line in LINES]
+NEW = [
+    {**line, "zo/queries": 4, "zo/projected_grad_std": 0.25, "zo/snr": 0.1, "peak_mib": 300.0}
+    if line["kind"] == "train"
+    else line
+    for line in LINES
+]
+
+
+def record(name, lines):
+    return Record(name, {"settings": {"lr": len(name)}}, {}, lines)
+
+
+def test_panels_of_runs_old_and_new():
+    figure = figure_of([record("old", OLD), record("newer", NEW)])
+    drawn = {}
+    for axes in figure.axes:
+        drawn[axes.get_ylabel(), axes.get_xlabel()] = [(*map(list, line.get_data()),) for line in axes.get_lines()]
+    rows, seconds = "forward rows", "seconds of training, without evaluations"
+    assert drawn["accuracy", rows] == [([0, 64], [0.5, 0.8])] * 2
+    assert drawn["accuracy", seconds] == [([0.0, 2.0], [0.5, 0.8])] * 2
+    assert [len(drawn["loss (nats per example)", against]) for against in (rows, seconds)] == [4, 4]
+    assert drawn["queries per step", "step"] == [([1, 2], [8, 8]), ([1, 2], [4, 4])]
+    assert drawn["spread of the projected gradients", "step"] == [([1, 2], [0.5, 0.5]), ([1, 2], [0.25, 0.25])]
+    assert drawn["peak memory, MiB", "step"] == [([1, 2], [300.0, 300.0])]  # the old run has none
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "newer"]
+    with pytest.raises(UserError, match="empty: no step and no evaluation"):
+        draw_runs([record("empty", [])], "nowhere/plot.png")
+
+
+def test_a_page_needs_nothing_else(tmp_path):
+    write_page([record("a<b", OLD), record("new", NEW)], tmp_path / "plot.html")
+    page = (tmp_path / "plot.html").read_text()
+    assert "a&lt;b" in page and "a<b" not in page
+    assert "<script" not in page and "src=" not in page and "<link" not in page
+    assert set(re.findall(r"https?://[^\"]+", page)) == {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    words = " ".join(svg.itertext())
+    assert "queries per step" in words and "forward rows" in words  # text is text, not outlines
+    assert "50.0% -&gt; 80.0%" in page
+    write_page([record("a<b", OLD), record("new", NEW)], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page
 
 
 def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
