@@ -202,21 +202,31 @@ def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
             )
 
 
-def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, start: int, adapters: int | None) -> None:
+def perturb_arguments(seeds: torch.Tensor, scales: torch.Tensor, distribution: str) -> None:
+    seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
+    one_of("perturb_", "distribution", distribution, DISTRIBUTIONS)
+
+
+def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, seeds, scales, start: int, count, distribution) -> None:
+    count = adapters("tt_factors", count)
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"tt_factors: theta must be float32 or float64, got {_name(theta.dtype)}")
-    numel = layout.numel * (adapters or 1)
+    numel = layout.numel * (count or 1)
     if theta.dim() != 1 or theta.shape[0] != numel:
-        of = "" if adapters is None else f" for {adapters} adapters"
+        of = "" if count is None else f" for {count} adapters"
         raise ValueError(f"tt_factors: theta must have shape ({numel},){of}, got {tuple(theta.shape)}")
     index_end("tt_factors", start, numel)
+    seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
+    one_of("tt_factors", "distribution", distribution, DISTRIBUTIONS)
 
 
-def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout) -> None:
+def tt_adapter(x: torch.Tensor, factors: torch.Tensor, layout: TTAdapterLayout, act: str, scale: float) -> None:
     _tokens("tt_adapter", "x", x)
     if x.shape[2] != layout.width:
         raise ValueError(f"tt_adapter: x has width {x.shape[2]}, expected {layout.width} of the layout")
     _per_probe("tt_adapter", x, factors=(factors, (x.shape[0], layout.factor_numel), "(P, F)"))
+    one_of("tt_adapter", "act", act, ACTS)
+    finite("tt_adapter", "scale", scale)
 
 
 def tt_linear(x: torch.Tensor, L: torch.Tensor, R: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -153,7 +153,7 @@ def perturb_(
 
 def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     params = checks.writable_list("perturb_", params, offset)
-    _perturb_arguments(seeds, scales, distribution)
+    checks.perturb_arguments(seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
     checks.finite_scales("perturb_", scales)
     tensors = dispatch.rounded(len(params))
@@ -164,12 +164,7 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
     checks.writable("perturb_", params, offset)
-    _perturb_arguments(seeds, scales, distribution)
-
-
-def _perturb_arguments(seeds, scales, distribution):
-    checks.seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
-    checks.one_of("perturb_", "distribution", distribution, checks.DISTRIBUTIONS)
+    checks.perturb_arguments(seeds, scales, distribution)
 
 
 _register(
@@ -230,7 +225,7 @@ def tt_factors(
     offset, adapters = checks.offset("tt_factors", offset), checks.adapters("tt_factors", adapters)
     checks.are_names("tt_factors", distribution, backend)
     if dispatch.any_requires_grad(theta):
-        _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
+        checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
         checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
         rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
@@ -242,7 +237,7 @@ def tt_factors(
 
 def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
-    _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
+    checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
     checks.finite_scales("tt_factors", scales)
     checks.in_memory("tt_factors", theta=theta)
     sizes = {"cores": layout.max_cores, "probes": dispatch.rounded(seeds.numel())}
@@ -255,16 +250,9 @@ def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, ba
     return factors[0] if adapters is None else factors
 
 
-def _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution):
-    checks.adapters("tt_factors", adapters)
-    checks.tt_factors(theta, layout, offset, adapters)
-    checks.seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
-    checks.one_of("tt_factors", "distribution", distribution, checks.DISTRIBUTIONS)
-
-
 def _tt_factors_fake(theta, layout, seeds, scales, offset, adapters, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
-    _tt_factors_checks(theta, layout, seeds, scales, offset, adapters, distribution)
+    checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
     shape = (seeds.shape[0], layout.factor_numel)
     return theta.new_empty(shape if adapters is None else (adapters, *shape))
 
@@ -315,14 +303,14 @@ def tt_adapter(
     checks.is_layout("tt_adapter", layout)
     scale = checks.finite("tt_adapter", "scale", scale)
     if dispatch.any_requires_grad(x, factors):
-        _tt_adapter_checks(x, factors, layout, act, scale)
+        checks.tt_adapter(x, factors, layout, act, scale)
         return dispatch.differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
     return _call("tt_adapter", x, factors, layout._encoded, act, scale, backend)
 
 
 def _tt_adapter(x, factors, layout, act, scale, backend):
     layout = TTAdapterLayout.decode(layout)
-    _tt_adapter_checks(x, factors, layout, act, scale)
+    checks.tt_adapter(x, factors, layout, act, scale)
     checks.in_memory("tt_adapter", x=x, factors=factors)
     sizes = {"cores": layout.max_cores, "rank": layout.max_bond, "bottleneck": layout.bottleneck}
     sizes["tokens"] = dispatch.rounded(x.shape[:2].numel())
@@ -330,14 +318,8 @@ def _tt_adapter(x, factors, layout, act, scale, backend):
     return run(x, factors, layout, act, scale)
 
 
-def _tt_adapter_checks(x, factors, layout, act, scale):
-    checks.tt_adapter(x, factors, layout)
-    checks.one_of("tt_adapter", "act", act, checks.ACTS)
-    checks.finite("tt_adapter", "scale", scale)
-
-
 def _tt_adapter_fake(x, factors, layout, act, scale, backend):
-    _tt_adapter_checks(x, factors, TTAdapterLayout.decode(layout), act, scale)
+    checks.tt_adapter(x, factors, TTAdapterLayout.decode(layout), act, scale)
     return x.new_empty(x.shape)
 
 
