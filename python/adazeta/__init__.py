@@ -22,6 +22,8 @@ _EXPORTS = {
     "HeadScores": ".losses",
     "label_words": ".losses",
     "lm_loss": ".losses",
+    "GenerationObjective": ".objectives",
+    "ClassObjective": ".objectives",
     "UserError": ".errors",
 }
 __all__ = [*_EXPORTS, "__version__"]

@@ -159,6 +159,12 @@ class LabelWords(_Words):
             batch: input_ids, attention_mask, labels.
             copies: C, probes per row.
         """
+        labels = batch["labels"].repeat_interleave(copies)
+        scores = self.scores_at_copies(model, batch, copies)
+        return F.cross_entropy(scores, labels, reduction="none").view(-1, copies)
+
+    def scores_at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
+        """Return the float32 scores at the copies of :meth:`losses_at_copies`, ``[B * copies, C]``, row by row."""
         self._check(model)
         batch = aligned(batch)
         ids = batch["input_ids"]
@@ -168,9 +174,7 @@ class LabelWords(_Words):
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(copies)
         columns = torch.arange(length - copies, length, device=ids.device).repeat(len(ids))
         with real_tokens(batch["attention_mask"], copies):
-            logits = scored_logits(model, inputs, rows, columns, self._first_tokens(ids.device))
-        labels = batch["labels"].repeat_interleave(copies)
-        return F.cross_entropy(logits, labels, reduction="none").view(-1, copies)
+            return scored_logits(model, inputs, rows, columns, self._first_tokens(ids.device))
 
     def _scores_of_long_words(self, model, batch) -> torch.Tensor:
         words, real = self._padded(batch["input_ids"].device)

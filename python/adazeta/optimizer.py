@@ -164,8 +164,9 @@ class ZerothOrder(torch.optim.Optimizer):
         Called more than once before ``step``, it accumulates: the step averages over all queries of all batches.
 
         Args:
-            loss_fn: ``loss_fn(model, batch) -> [rows]``, one float32 loss per row of the (expanded) batch.
-            batch: mapping whose tensors have the examples in dimension 0.
+            loss_fn: ``loss_fn(model, batch) -> [rows]``, one float32 loss per row of the (expanded) batch; or one of
+                ``adazeta.objectives``.
+            batch: mapping whose tensors have the examples in dimension 0; lists of as many entries go with them.
 
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
@@ -213,10 +214,12 @@ class ZerothOrder(torch.optim.Optimizer):
             "distribution": self.distribution,
             "planner": self.planner,
         }
-        losses_of, look = partial(loss_fn, self.model), self._first_look
+        per_row = getattr(loss_fn, "per_row", loss_fn)  # what depends on a row alone, where the loss of a row does not
+        losses_of, look = partial(per_row, self.model), self._first_look
         further = {"others": others, "heads": self._others.heads(self.model)}
         shares = self.prefix is not None and bool(self.prefix.describe())
-        look(self.model, batch, losses_of, eps=self.eps, shares=shares, **further, **settings)
+        looked_at = partial(getattr(loss_fn, "continuous", per_row), self.model)
+        look(self.model, batch, looked_at, eps=self.eps, shares=shares, **further, **settings)
         at_tokens = others is None and not look.rows_mix
         at_tokens = at_tokens and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn, batch)
         shared = self.prefix.shared() if self.prefix is not None and not look.rows_mix else nullcontext()
@@ -228,7 +231,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     self.planner.probes_per_forward = 1
                 losses = evaluate_probes(plan, batch, losses_of, **further, **settings)
                 rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
-        return losses, rows
+        return (loss_fn.of_probes(losses, batch) if hasattr(loss_fn, "of_probes") else losses), rows
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

@@ -101,11 +101,16 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """Return the batch with dimension 0 of every tensor indexed by ``rows``; other values pass through."""
-    return {
-        name: value.index_select(0, rows.to(value.device)) if torch.is_tensor(value) and value.ndim else value
-        for name, value in batch.items()
-    }
+    """Return the batch with dimension 0 of every tensor, and every list of as many entries as there are examples,
+    indexed by ``rows``; other values pass through."""
+    examples, chosen = batch_size(batch), rows.tolist()
+
+    def take(value):
+        if torch.is_tensor(value) and value.ndim:
+            return value.index_select(0, rows.to(value.device))
+        return [value[row] for row in chosen] if isinstance(value, list) and len(value) == examples else value
+
+    return {name: take(value) for name, value in batch.items()}
 
 
 def probes_per_forward(plan: Plan, batch: Mapping[str, Any], planner: Planner) -> int:

@@ -94,6 +94,6 @@ class TokenCount:
         if known is not None:
             self._real = self._real + known.count()
         elif torch.is_tensor(mask) and mask.ndim == 2:
-            self._real = self._real + mask.sum()
+            self._real = self._real + mask[:, -ids.shape[1] :].sum()  # with a cache, the mask holds earlier tokens too
         else:
             self._real = self._real + ids.shape[0] * ids.shape[1]

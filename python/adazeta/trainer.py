@@ -28,6 +28,7 @@ class ZOTrainer(Trainer):
     Args:
         zo: the settings of the step; the learning rate, its schedule, weight decay and the rest are ``args``'.
         loss: ``loss(model, batch) -> [rows]``, one float32 loss per row; by default the next-token loss of the labels.
+            What an objective of ``adazeta.objectives`` stands for is evaluated in its place.
         journal: write ``journal.azj`` into ``args.output_dir``. A run that is resumed from a checkpoint goes on with
             the journal that is there; ``"resume"`` does so without a checkpoint too, from the first step. Steps that
             the journal holds are done again without a forward.
@@ -167,10 +168,11 @@ class ZOTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         model.eval()
         inputs = self._prepare_inputs(inputs)
+        loss = getattr(self.loss, "stands_for", None) or self.loss
         with self.compute_loss_context_manager():
-            if not hasattr(self.loss, "scores") and not hasattr(self.loss, "judge"):
-                return self.loss(model, inputs).mean(), None, None
-            losses, scores, labels = judge(self.loss, model, inputs)
+            if not hasattr(loss, "scores") and not hasattr(loss, "judge"):
+                return loss(model, inputs).mean(), None, None
+            losses, scores, labels = judge(loss, model, inputs)
         return losses.mean(), *((None, None) if prediction_loss_only else (scores, labels))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
