@@ -55,6 +55,35 @@ def projected_gradients(losses: torch.Tensor, eps: float, difference: str) -> to
     return torch.where(finite & (others > 0), (losses - baseline) / eps, torch.nan)
 
 
+def signal_to_noise(losses: torch.Tensor) -> float:
+    """Return how far the losses of a pair of probes differ, over how far all pairs of a group differ in their mean.
+
+    ``sqrt(mean_q odd_q^2 / var_q even_q)`` with ``odd = (l+ - l-) / 2`` and ``even = (l+ + l-) / 2``. The slope along a
+    direction shows in the odd part alone; rounding shows in both alike, curvature in the even part alone. So a value
+    near 1 says that the differences are rounding (raise eps) or that eps is too large for the curvature; a linear loss
+    without rounding has no bound.
+
+    Args:
+        losses: ``[G, Q, 2]``, the group's mean (or summed) loss at each probe of central differences.
+
+    Returns:
+        The ratio over all groups; NaN for forward differences, or where no group has two finite queries.
+    """
+    if losses.shape[-1] != 2:
+        return float("nan")
+    odd, even = (losses[..., 0] - losses[..., 1]).double() / 2, losses.double().mean(-1)
+    used = torch.isfinite(even)
+    number = used.sum(1, keepdim=True)
+    used = used & (number > 1)
+    if not bool(used.any()):
+        return float("nan")
+    even = torch.where(used, even, 0.0)
+    apart = torch.where(used, even - even.sum(1, keepdim=True) / number.clamp(min=1), 0.0)
+    freedom = (number - 1).clamp(min=0)[used.any(1)].sum()
+    signal = torch.where(used, odd, 0.0).square().sum() / used.sum()
+    return float((signal / (apart.square().sum() / freedom)).sqrt())
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """What the update multiplies each direction with, and what became of the queries.

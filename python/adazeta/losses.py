@@ -40,9 +40,15 @@ class Completion:
 
     ``batch`` holds input_ids, attention_mask and labels with -100 at positions that are not scored, as for the
     ``transformers`` models with a language-model head: causal (completions), masked, or encoder-decoder.
+
+    Args:
+        label_smoothing: weight of the uniform distribution over the vocabulary in the targets, in [0, 1).
     """
 
     rows_per_example = 1
+
+    def __init__(self, label_smoothing: float = 0.0):
+        self.label_smoothing = label_smoothing
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B]`` float32 losses.
@@ -61,7 +67,7 @@ class Completion:
     def _of(self, model, batch):
         refuse_last(model, "completions")
         logits, labels, rows = label_logits(model, batch)
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         counts = sum_by_row(torch.ones_like(losses), rows, len(batch["labels"]))
         if not bool(counts.all()):
             raise ValueError("every row needs at least one label that is not -100, in a causal model behind the first")
@@ -74,13 +80,21 @@ def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 class _Scored:
-    """A loss whose scores name a class: their cross entropy with ``batch["labels"]``."""
+    """A loss whose scores name a class: their cross entropy with ``batch["labels"]``.
+
+    ``label_smoothing`` is the weight of the uniform distribution over the classes in the targets; None: not possible.
+    """
 
     rows_per_example = 1
+    label_smoothing: float | None = 0.0
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return the loss of every row, ``[B]`` float32; ``batch`` holds the model's inputs and labels ``[B]``."""
-        return F.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+        return self.of_scores(self.scores(model, batch), batch["labels"])
+
+    def of_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss ``[B]`` of every row of scores ``[B, C]``."""
+        return F.cross_entropy(scores, labels, reduction="none", label_smoothing=self.label_smoothing or 0.0)
 
 
 class _Words(_Scored):
@@ -160,8 +174,7 @@ class LabelWords(_Words):
             copies: C, probes per row.
         """
         labels = batch["labels"].repeat_interleave(copies)
-        scores = self.scores_at_copies(model, batch, copies)
-        return F.cross_entropy(scores, labels, reduction="none").view(-1, copies)
+        return self.of_scores(self.scores_at_copies(model, batch, copies), labels).view(-1, copies)
 
     def scores_at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
         """Return the float32 scores at the copies of :meth:`losses_at_copies`, ``[B * copies, C]``, row by row."""
@@ -296,6 +309,8 @@ class CandidateLikelihood(_Scored):
         candidates: K, the most candidates of an example.
         normalize: divide a candidate's log likelihood by its number of tokens.
     """
+
+    label_smoothing = None  # of scores of -inf there is no mean
 
     def __init__(self, candidates: int, normalize: bool = False):
         self.rows_per_example, self.normalize = candidates, normalize

@@ -53,12 +53,14 @@ class Peak:
         return self
 
     def __exit__(self, *_) -> None:
-        peak = _status("VmHWM:") if self.exact else None
-        if peak is None:
-            self.exact = False
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self.bytes = peak
+        self.exact = self.exact and _status("VmHWM:") is not None
+        self.bytes = peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the high-water mark of this process's resident set, since its start or since it was reset."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(key: str) -> int | None:

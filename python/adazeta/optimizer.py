@@ -26,7 +26,7 @@ from .prefix import Prefix
 from .prefix_cache import cache_of
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, batch_size, evaluate_probes, groups_of
-from .recording import record_run
+from .recording import record_going_back, record_run
 from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
 from .state import check_state, restore, state_of
@@ -145,6 +145,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._decayed_of: torch.Tensor | None = None
         self._seeds_used = 0
         self._projected: list[torch.Tensor] = []
+        self.probe_losses: torch.Tensor | None = None  # of the last estimate, [G, Q, S], summed over a group's rows
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def trainable(self) -> Trainable:
@@ -172,7 +173,7 @@ class ZerothOrder(torch.optim.Optimizer):
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
         """
         if self.pending:
-            return self._recorded[self.step_index].loss
+            return self.next_recorded.loss
         examples = batch_size(batch)
         groups = groups_of(self.directions, examples)
         if self.ranks and self.directions != "batch":
@@ -197,6 +198,7 @@ class ZerothOrder(torch.optim.Optimizer):
             loss = float(finite.mean()) if len(finite) else float("nan")
         # Sums of losses are exact in float64, so nothing depends on how examples are spread over ranks.
         self._projected.append((projected_gradients(sums, self.eps, self.difference) / number).reshape(-1))
+        self.probe_losses = sums
         self._seeds_used += len(seeds)
         self.rows += rows
         self.evaluations += evaluations
@@ -247,7 +249,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise TypeError("ZerothOrder.step takes no closure; call estimate(loss_fn, batch) before it")
         trainable = self.trainable()
         if self.pending:
-            step = self._recorded[self.step_index]
+            step = self.next_recorded
             redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
             self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
         else:
@@ -304,6 +306,15 @@ class ZerothOrder(torch.optim.Optimizer):
         self._counted = (self.rows, self.evaluations)
         self.zero_grad()
 
+    def go_back(self, to: int) -> None:
+        """Make the numbers those before step ``to``, out of the journal, which keeps this as a step of its own.
+
+        Raises:
+            ValueError: no journal, or it holds no such step.
+        """
+        if to != self.step_index:
+            self._make(record_going_back(self, to), self.trainable())
+
     def take(self, source: Trainable) -> None:
         """Copy the numbers and the momentum of ``source``."""
         target = self.trainable()
@@ -315,6 +326,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def pending(self) -> int:
         """Steps of a resumed journal that are still to be done: ``estimate`` needs no forward for them."""
         return max(0, len(self._recorded) - self.step_index)
+
+    @property
+    def next_recorded(self) -> Step:
+        """The first of the ``pending`` steps."""
+        return self._recorded[self.step_index]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget estimates that no step has used; there are no gradients."""

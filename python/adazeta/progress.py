@@ -53,12 +53,12 @@ class Bar(TrainerCallback):
             return
         self._losses.append(logs["loss"])
         parts = [f"loss {sum(self._losses) / len(self._losses):.3f}"]
-        if "queries" in logs:
-            parts.append(f"queries {int(logs['queries'])}")
-        if "rows_per_s" in logs:
-            parts.append(f"{logs['rows_per_s']:.1f} rows/s")
-        if logs.get("dropped"):
-            parts.append(f"dropped {int(logs['dropped'])}")
+        if "zo/queries" in logs:
+            parts.append(f"queries {int(logs['zo/queries'])}")
+        if "rows_per_second" in logs:
+            parts.append(f"{logs['rows_per_second']:.1f} rows/s")
+        if logs.get("zo/dropped"):
+            parts.append(f"dropped {int(logs['zo/dropped'])}")
         self._train.set_postfix_str(", ".join(parts), refresh=False)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
@@ -84,9 +84,10 @@ class Bar(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Append one JSON line per log and per evaluation to ``metrics.jsonl``; flushed, cut back on resume.
 
-    Train lines: ``{"kind": "train", "step", "rows", "seconds", "loss", "queries", "rows_per_s", ...}``;
-    dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy"}``. ``rows`` counts forward rows of
-    training so far, ``seconds`` the time since training began, evaluations left out (a resumed run goes on counting).
+    Train lines: ``{"kind": "train", "step", "rows", "seconds", "loss", "zo/queries", ...}``, all that ``ZOTrainer``
+    logs; dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy"}``. ``rows`` counts
+    forward rows of training so far, ``seconds`` the time since training began, evaluations left out (a resumed run goes
+    on counting).
     """
 
     def __init__(self, path: Path):

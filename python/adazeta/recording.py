@@ -45,6 +45,20 @@ def record_run(
     return journal, recorded
 
 
+def record_going_back(optimizer, to: int) -> Step:
+    """Return the step with which ``optimizer`` goes back to before step ``to``, recorded unless the journal has it."""
+    group, index = optimizer.param_groups[0], optimizer.step_index
+    if optimizer.journal is None or not 0 <= to <= index:
+        raise ValueError(f"going back to step {to} needs a journal, and so many steps: there are {index}")
+    lr = float(group["lr"]) * optimizer.guard.lr_factor
+    step = Step(index, lr, group["momentum"], group["weight_decay"], coefficients=(), back_to=to)
+    if not optimizer.pending:
+        optimizer.journal.append(step)
+    elif optimizer.next_recorded.back_to != to:
+        raise ValueError(f"the journal goes on with another step {index} than going back to {to}")
+    return step
+
+
 def describe_run(
     optimizer, identity: dict | None = None, about: dict | None = None
 ) -> tuple[dict, dict[str, torch.Tensor]]:

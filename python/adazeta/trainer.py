@@ -1,24 +1,31 @@
 """``ZOTrainer``: ``transformers.Trainer`` with forward passes in place of the backward pass.
 
 Logging, evaluation, callbacks, checkpoints and resume are the Trainer's own; only the optimizer, the training step and
-what depends on them are overridden.
+what depends on them are overridden. ``adazeta.arguments`` accounts for every field of ``TrainingArguments``.
 """
 
+import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import AutocastKwargs
+from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, TrainerCallback
 
+from .arguments import check_arguments, check_trainer_arguments
 from .config import ZOConfig
 from .errors import UserError
+from .estimator import signal_to_noise
 from .evaluate import judge
 from .files import make_folder
 from .grouped import EpochOfSampler, LengthGrouped, real_length
 from .journal import NAME as JOURNAL_NAME
-from .losses import lm_loss
+from .losses import Completion, lm_loss
+from .memory import MIB, peak_bytes
 from .optimizer import ZerothOrder
 
 
@@ -38,21 +45,27 @@ class ZOTrainer(Trainer):
         **kwargs: those of ``transformers.Trainer``.
 
     Raises:
-        ValueError: several processes or GPUs.
+        ValueError: several processes or GPUs, or arguments that make no sense without gradients; each is named, with
+            the reason, before anything is written.
 
     ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
-    finds again.
+    finds again. With ``load_best_model_at_end`` the numbers of the best evaluation come out of the journal, which
+    records that the run went back to them; so it replays to what is saved.
 
-    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: ``rows`` (sequences through the model) and
-    ``evaluations`` (losses) so far, ``queries`` of the step, ``rows_per_s`` since the last log, ``spread`` of the
-    projected gradients and ``dropped`` queries, and ``tokens`` and ``real_tokens`` so far, with padding and without.
-    With a cache of the blocks below the first adapter also ``prefix_hits``, ``prefix_misses`` (examples so far) and
+    Logs hold, besides the Trainer's ``loss`` and ``learning_rate``: of the last step ``zo/queries``,
+    ``zo/projected_grad_std`` (their spread around zero, which is their mean, for z and -z are as likely) and ``zo/snr``
+    (``adazeta.estimator.signal_to_noise``, of central differences of two queries or more); so far ``rows`` (sequences
+    through the model), ``zo/losses``, ``zo/dropped`` queries, ``tokens`` and ``real_tokens``, with padding and without;
+    ``rows_per_second`` since the last log, and ``peak_mib`` of the device's memory, on a CPU of the process's. With a
+    cache of the blocks below the first adapter also ``prefix_hits``, ``prefix_misses`` (examples so far) and
     ``prefix_bytes``.
     """
 
     def __init__(
         self,
-        *args,
+        model=None,
+        args=None,
+        *rest,
         zo: ZOConfig | None = None,
         loss: Callable | None = None,
         journal: bool | str = True,
@@ -61,12 +74,17 @@ class ZOTrainer(Trainer):
         fsync_every: int = 0,
         **kwargs,
     ):
+        check_trainer_arguments(model, args, *rest, **kwargs)
+        if args is not None:
+            check_arguments(args)
         self.zo = zo or ZOConfig()
-        self.loss = loss or lm_loss
+        self.loss = _smoothed(loss, args.label_smoothing_factor if args is not None else 0.0)
         self.journal_wanted, self.identity, self.about, self.fsync_every = journal, identity or {}, about, fsync_every
         self._queries, self._from_journal = 0, False
         self._last_log = (time.perf_counter(), 0)
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, *rest, **kwargs)
+        # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
         if self.args.world_size > 1:
@@ -99,11 +117,13 @@ class ZOTrainer(Trainer):
         return self.optimizer
 
     def _steps_per_epoch(self) -> int:
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        args = self.args
         try:
-            return max(1, -(-len(self.train_dataset) // batch))
+            rows = len(self.train_dataset)
+            batches = (rows if args.dataloader_drop_last else rows + args.train_batch_size - 1) // args.train_batch_size
+            return max(1, -(-batches // args.gradient_accumulation_steps))
         except TypeError:  # a stream has no length: the whole run is one epoch
-            return max(1, self.args.max_steps)
+            return max(1, args.max_steps)
 
     def _meets_examples_again(self) -> bool:
         steps = self.args.max_steps
@@ -130,7 +150,19 @@ class ZOTrainer(Trainer):
         if loss != loss and optimizer.rows and optimizer.step_index == 0:
             raise UserError(_explain_no_finite_loss(model))
         self._queries = optimizer.queries(optimizer.step_index, optimizer.steps_per_epoch)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        return self.accelerator.autocast()  # of bf16; a loss calls parts of the model, past its wrapped forward
+
+    def _clip_grad_norm(self, model) -> None:
+        """There is no gradient."""
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        """There is no gradient."""
 
     def train(self, *args, **kwargs):
         try:
@@ -142,6 +174,11 @@ class ZOTrainer(Trainer):
     def open_journal(self) -> None:
         """Begin the journal, or go on with the one of the run that is resumed."""
         args, optimizer = self.args, self.zeroth_order
+        if optimizer.step_index < self.state.global_step:
+            raise ValueError(
+                f"the checkpoint is of step {self.state.global_step}, but holds no state of the optimizer, whose seeds "
+                "count the steps (save_only_model): begin anew with its adapter, or train(), with journal='resume'"
+            )
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         order = args.seed if args.data_seed is None else args.data_seed
         optimizer.write_journal(
@@ -175,25 +212,59 @@ class ZOTrainer(Trainer):
             losses, scores, labels = judge(loss, model, inputs)
         return losses.mean(), *((None, None) if prediction_loss_only else (scores, labels))
 
+    def _load_best_model(self) -> None:
+        optimizer = self.zeroth_order
+        if optimizer.journal is None:
+            super()._load_best_model()
+        else:  # the same bits, and the journal says so
+            optimizer.go_back(optimizer.step_index - self.state.global_step + self.state.best_global_step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.optimizer is not None:
-            optimizer, now = self.zeroth_order, time.perf_counter()
-            logs.pop("grad_norm", None)  # there is no gradient
-            seconds, rows = now - self._last_log[0], optimizer.rows - self._last_log[1]
-            self._last_log = (now, optimizer.rows)
-            logs.update(
-                rows=optimizer.rows,
-                evaluations=optimizer.evaluations,
-                queries=self._queries,
-                rows_per_s=rows / seconds if seconds > 0 and not self._from_journal else 0.0,
-                spread=optimizer.spread,
-                dropped=optimizer.dropped,
-                tokens=optimizer.tokens.processed,
-                real_tokens=optimizer.tokens.real,
-            )
-            if optimizer.prefix is not None and optimizer.prefix.cache is not None:
-                logs.update({f"prefix_{name}": count for name, count in optimizer.prefix.counts().items()})
+            logs.update(self._numbers())
         super().log(logs, start_time)
+
+    def _numbers(self) -> dict[str, float]:
+        """Return what a log says besides the loss: only what the step has read from the device anyway."""
+        optimizer, now = self.zeroth_order, time.perf_counter()
+        seconds, rows = now - self._last_log[0], optimizer.rows - self._last_log[1]
+        self._last_log = (now, optimizer.rows)
+        on_gpu = self.args.device.type == "cuda"
+        numbers = {
+            "rows": optimizer.rows,
+            "rows_per_second": rows / seconds if seconds > 0 and not self._from_journal else 0.0,
+            "tokens": optimizer.tokens.processed,
+            "real_tokens": optimizer.tokens.real,
+            "peak_mib": (torch.cuda.max_memory_allocated(self.args.device) if on_gpu else peak_bytes()) / MIB,
+            "zo/queries": self._queries,
+            "zo/losses": optimizer.evaluations,
+            "zo/dropped": optimizer.dropped,
+            "zo/projected_grad_std": optimizer.spread,
+        }
+        losses = None if self._from_journal else optimizer.probe_losses
+        if losses is not None and math.isfinite(ratio := signal_to_noise(losses)):
+            numbers["zo/snr"] = ratio
+        if optimizer.prefix is not None and optimizer.prefix.cache is not None:
+            numbers |= {f"prefix_{name}": count for name, count in optimizer.prefix.counts().items()}
+        return numbers
+
+
+def _smoothed(loss: Callable | None, factor: float) -> Callable:
+    """Return ``loss``, by default the next-token loss, with label smoothing.
+
+    Raises:
+        ValueError: a loss that knows no smoothing.
+    """
+    if not factor:
+        return loss or lm_loss
+    if loss is None:
+        return Completion(factor).__call__  # without what judges an answer, as lm_loss
+    if getattr(loss, "label_smoothing", None) is None:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ValueError(f"label_smoothing_factor={factor}: the loss {name} has no label_smoothing; smooth inside it")
+    loss = copy.copy(loss)
+    loss.label_smoothing = factor
+    return loss
 
 
 class _JournalCallback(TrainerCallback):

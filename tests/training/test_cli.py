@@ -40,10 +40,10 @@ def test_metrics_and_summary_agree(world):
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert [line["step"] for line in train] == list(range(1, 13))
     assert (dev[0]["step"], dev[-1]["step"]) == (0, 12)
-    assert {"rows", "seconds", "loss", "queries", "rows_per_s"} <= train[0].keys()
+    assert {"rows", "seconds", "loss", "zo/queries", "rows_per_second"} <= train[0].keys()
     assert summary["training"]["steps"] == 12
     assert summary["training"]["rows"] == train[-1]["rows"]
-    assert summary["training"]["losses"] == train[-1]["evaluations"]
+    assert summary["training"]["losses"] == train[-1]["zo/losses"]
     assert summary["dev"]["after"] == {name: dev[-1][name] for name in ("accuracy", "loss")}
     saved = load_file(folder / "run" / "adapter_model.safetensors")
     assert summary["adapter"]["numbers"] == sum(tensor.numel() for tensor in saved.values())

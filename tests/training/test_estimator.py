@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adazeta.estimator import coefficients, probe_signs, projected_gradients
+from adazeta.estimator import coefficients, probe_signs, projected_gradients, signal_to_noise
 
 
 def test_central_difference_by_hand():
@@ -96,3 +96,21 @@ def test_estimate_is_the_gradient_on_average():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_signal_to_noise_tells_slope_from_rounding_and_curvature():
+    """Of ``l = slope s + curvature s^2 + noise`` at ``s = +-1``, for many queries of three groups."""
+    g = torch.Generator().manual_seed(0)
+    slope, curvature = (torch.randn(3, 400, 1, generator=g, dtype=torch.float64) for _ in range(2))
+    noise = torch.randn(3, 400, 2, generator=g, dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    offset = torch.tensor([[[5.0]], [[7.0]], [[-3.0]]])  # groups differ in their loss
+    assert signal_to_noise(offset + noise) == pytest.approx(1.0, rel=0.1)
+    assert signal_to_noise(offset + 50 * slope * signs + noise) == pytest.approx(50 * 2**0.5, rel=0.1)
+    assert signal_to_noise(slope * signs + 10 * curvature) == pytest.approx(0.1, rel=0.1)
+    assert signal_to_noise(slope * signs) == math.inf
+    some = (offset + 50 * slope * signs + noise).clone()
+    some[0, ::2] = math.nan
+    some[1, 1:] = math.inf
+    assert signal_to_noise(some) == pytest.approx(50 * 2**0.5, rel=0.15)
+    assert math.isnan(signal_to_noise(torch.ones(3, 1, 2))) and math.isnan(signal_to_noise(torch.ones(3, 4, 1)))

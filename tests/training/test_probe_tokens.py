@@ -56,6 +56,11 @@ def test_one_token_per_probe_equals_one_row_per_probe(groups, left, limit):
         assert rows == 4  # every prompt once
 
 
+def test_smoothed_labels_at_tokens(monkeypatch):
+    monkeypatch.setattr(LOSS, "label_smoothing", 0.2)
+    test_one_token_per_probe_equals_one_row_per_probe(groups=1, left=False, limit=None)
+
+
 class LastTokenDense(DenseAdapter):
     """Float64 stand-in: the dense adapter on one column of the base layer's output."""
 

@@ -56,7 +56,7 @@ def test_trains_logs_and_saves_without_a_backward(tmp_path, monkeypatch):
     assert not torch.equal(run.model.base_model.theta(), before)
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert [entry["rows"] for entry in logs] == [16 * k for k in range(1, 7)]
-    assert all(entry["queries"] == 2 and entry["dropped"] == 0 and entry["rows_per_s"] > 0 for entry in logs)
+    assert all(entry["zo/queries"] == 2 and entry["zo/dropped"] == 0 and entry["rows_per_second"] > 0 for entry in logs)
     assert all(3 < entry["loss"] < 6 and "grad_norm" not in entry for entry in logs)
     run.save_model(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -124,7 +124,7 @@ def test_gradient_accumulation_uses_every_micro_batch(tmp_path):
 def test_paper_schedule_counts_epochs_of_the_data(tmp_path):
     run = trainer(tmp_path, max_steps=12, zo=ZOConfig(eps=0.05, queries=AdaptiveQueries(1, 1, 3)))
     run.train()  # 20 examples in batches of 4: 5 steps an epoch
-    queries = [entry["queries"] for entry in run.state.log_history if "loss" in entry]
+    queries = [entry["zo/queries"] for entry in run.state.log_history if "loss" in entry]
     assert queries == [1] * 10 + [2] * 2
 
 
