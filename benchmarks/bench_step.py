@@ -6,14 +6,16 @@ models, batch, tokens, queries and dtypes. Models are configurations with random
 A case first evaluates both implementations at the same theta and the same directions, and fails unless their losses
 agree. `floor` is 2 Q frozen forwards of the batch, one after another, without adapters and without the head, through
 the very modules that our step uses. "mixed" is what training chooses for a float32 model where the CPU multiplies
-bfloat16 faster: our linear layers are bfloat16 then, the published ones float32. Peak memory is that of one step above
-the model, in a process of its own. The split is torch.profiler's, of one more step.
+bfloat16 faster: our linear layers are bfloat16 then, the published ones float32. Peak memory is that of one step
+above the model, in a process of its own; of one query where a probe fills a forward, for then no other is in memory.
+The split is torch.profiler's: of one more step or, where steps take long, of those that are timed.
 """
 
 import os
 import tempfile
 from functools import cache
 from itertools import product
+from time import perf_counter
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from step_engines import ADAPTER, LITTLE_ADAPTER, compare_losses, pair, profile_
 from step_memory import measure
 from step_models import MODELS, build, make_batch
 from timing import SMALL, machine, paired_seconds
+
+from adazeta.planner import TOKENS_PER_FORWARD
 
 DEVICE = os.environ.get("ADAZETA_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 GRID = os.environ.get("ADAZETA_BENCH_STEP") == "grid"
@@ -62,6 +66,8 @@ def name_of(case) -> str:
 
 @cache
 def peak_mib(side, model, dtype, examples, tokens, queries) -> float:
+    if DEVICE == "cpu" and 2 * examples * tokens > TOKENS_PER_FORWARD["cpu float32"]:
+        queries = 1
     settings = {"model": model, "dtype": dtype, "examples": examples, "tokens": tokens, "queries": queries}
     result = measure(side=side, **settings, threads=torch.get_num_threads(), device=DEVICE, little=SMALL)
     return result["peak_bytes"] / 2**20
@@ -76,10 +82,18 @@ def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, quer
         ours, theirs = pair(base, queries, folder, LITTLE_ADAPTER if SMALL else ADAPTER, dtype)
         # Also the call of each side that is not counted. Where forwards are long, one query tells as much.
         apart = compare_losses(ours, theirs, batch, min(queries, max(1, 1024 // (examples * tokens))))
+        begin = perf_counter()
         hidden = ours.frozen_forward(batch)
+        # What the profiler adds, about ten microseconds an operation, is lost in a long step.
+        long, splits = forwards * (perf_counter() - begin) > LIMIT, []
+
+        def profiled():
+            splits.append(profile_split(ours, batch))
+            return splits[-1]
+
         seconds = paired_seconds(
             {
-                "ours": lambda: ours.step(batch),
+                "ours": profiled if long else lambda: ours.step(batch),
                 "forward": lambda: ours.frozen_forward(batch),
                 "head": lambda: theirs.head(hidden),
                 "published": lambda: theirs.step(batch, range(queries)),
@@ -89,7 +103,7 @@ def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, quer
             on_gpu=DEVICE != "cpu",
         )
         # What pytest-benchmark itself shows is the time of this step, profiler included.
-        split = benchmark.pedantic(profile_split, args=(ours, batch), rounds=1)
+        split = benchmark.pedantic(splits.pop if long else profiled, rounds=1)
     step, floor = seconds["ours"], forwards * seconds["forward"]
     return {
         "parameters": parameters,

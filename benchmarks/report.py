@@ -1,8 +1,9 @@
 """Write the tables of docs/performance.md from the JSON of `make bench`.
 
-    python benchmarks/report.py [RESULT.json [PAGE.md]]
+    python benchmarks/report.py [RESULT.json ...] [PAGE.md]
 
-By default of the newest result under benchmarks/results, into docs/performance.md.
+By default of the newest result under benchmarks/results, into docs/performance.md. Of several results all cases are
+taken together; of a case that is in more than one, the last.
 What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine and those of `COLUMNS`;
 everything else on the page is written by hand. Whole steps also make a plot, `images/step-cost.png` beside the page.
 """
@@ -113,20 +114,35 @@ def table(benchmarks, columns):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def machine(result):
-    """Device, versions and load in one line."""
-    infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-    cpu, commit = result["machine_info"]["cpu"], result["commit_info"]
+def machine(results):
+    """Device, versions and load in one line.
+
+    Raises:
+        ValueError: the results come from different processors.
+    """
+    infos = [benchmark["extra_info"] for result in results for benchmark in result["benchmarks"]]
+    cpus = {result["machine_info"]["cpu"]["brand_raw"] for result in results}
+    if len(cpus) > 1:
+        raise ValueError(f"expected results of one kind of processor, got {', '.join(sorted(cpus))}")
+    about = results[-1]["machine_info"]
+    commits = [
+        result["commit_info"]["id"][:7] + " with local changes" * bool(result["commit_info"].get("dirty"))
+        for result in results
+    ]
     loads = [info["load_average"] for info in infos]
-    busy = (
-        "" if max(loads) < 1.5 else " **Other programs were running: take times as upper bounds, and ratios as rough.**"
-    )
-    dirty = " with local changes" if commit.get("dirty") else ""
+    # The benchmark itself is a load of as many as it has threads.
+    busy = any(info["load_average"] >= info["threads"] + 0.5 for info in infos)
+    note = " **Other programs were running: take times as upper bounds, and ratios as rough.**" if busy else ""
     return (
-        f"{cpu['brand_raw']}, {cpu['count']} cores, {infos[0]['levels'][0]} kernels; torch {infos[0]['torch']}, Python "
-        f"{result['machine_info']['python_version']}; commit {commit['id'][:7]}{dirty}; {result['datetime'][:16]} UTC; "
-        f"load average {min(loads):.1f} to {max(loads):.1f}.{busy}"
+        f"{about['cpu']['brand_raw']}, {about['cpu']['count']} cores, {infos[0]['levels'][0]} kernels; torch "
+        f"{infos[0]['torch']}, Python {about['python_version']}; commit {', '.join(dict.fromkeys(commits))}; "
+        f"{results[-1]['datetime'][:16]} UTC; load average {min(loads):.1f} to {max(loads):.1f}.{note}"
     )
+
+
+def together(results):
+    """The benchmarks of all results; of one that several have, the last, in the place of the first."""
+    return list({(op_of(b), b["name"]): b for result in results for b in result["benchmarks"]}.values())
 
 
 def replace(page, name, text):
@@ -143,18 +159,24 @@ def replace(page, name, text):
 
 
 def main():
-    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"), key=lambda path: path.stat().st_mtime)
-    if len(sys.argv) < 2 and not results:
-        sys.exit("no results found: run `make bench` first, or name a JSON file")
-    result = json.loads((Path(sys.argv[1]) if len(sys.argv) > 1 else results[-1]).read_text())
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else PAGE
-    page = replace(target.read_text(), "machine", machine(result))
+    named = [Path(argument) for argument in sys.argv[1:]]
+    pages = [path for path in named if path.suffix == ".md"]
+    paths = [path for path in named if path.suffix != ".md"]
+    if not paths:
+        found = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            sys.exit("no results found: run `make bench` first, or name a JSON file")
+        paths = found[-1:]
+    results = [json.loads(path.read_text()) for path in paths]
+    target = pages[-1] if pages else PAGE
+    every = together(results)
+    page = replace(target.read_text(), "machine", machine(results))
     for op, columns in COLUMNS.items():
-        benchmarks = [benchmark for benchmark in result["benchmarks"] if op_of(benchmark) == SOURCE.get(op, op)]
+        benchmarks = [benchmark for benchmark in every if op_of(benchmark) == SOURCE.get(op, op)]
         if benchmarks:
             page = replace(page, op, table(benchmarks, columns))
     target.write_text(page)
-    steps = [benchmark["extra_info"] for benchmark in result["benchmarks"] if op_of(benchmark).startswith("step")]
+    steps = [benchmark["extra_info"] for benchmark in every if op_of(benchmark).startswith("step")]
     if steps:
         draw_step_cost(steps, target.parent / "images" / "step-cost.png")
 

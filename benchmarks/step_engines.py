@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from adazeta import LabelWords, MaskedLabelWords, TTConfig, ZerothOrder
 from adazeta.frozen import mix, pack, pack_where_faster
-from adazeta.planner import TOKENS_PER_FORWARD
+from adazeta.planner import tokens_per_forward
 from adazeta.scoring import kind_of, model_inputs, trunk_of
 from adazeta.tuner.sites import resolve_sites
 from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_
@@ -65,9 +65,10 @@ class Ours:
         if dtype == "mixed":
             mix(base)
         self.model = get_peft_model(base, TTConfig(**adapter)).eval()
-        self.gemm = pack_where_faster(base, TOKENS_PER_FORWARD["cpu"]) if gemm == "auto" else gemm
+        tokens = tokens_per_forward(base)
+        self.gemm = pack_where_faster(base, tokens) if gemm == "auto" else gemm
         if gemm == "packed":
-            pack(base, TOKENS_PER_FORWARD["cpu"])
+            pack(base, tokens)
         self.loss_fn = loss_for(base)
         options = {
             "lr": LR,

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batches import host
 from .forwards import forward_of
-from .prefix_identity import CannotShare, frozen_tensors, identity, marks
+from .prefix_identity import CannotShare, Watch, identity
 from .tokens import looking, told
 
 _log = logging.getLogger("adazeta")
@@ -65,7 +66,8 @@ class Prefix:
     def __init__(self, tt_model, adapter: str, cache=None):
         self.tt_model, self.adapter, self.cache = tt_model, adapter, cache
         self.hits = self.misses = 0
-        self._marks: tuple | None = None
+        self._watch: Watch | None = None  # of the model that _known and what is kept belong to
+        self._known: tuple[str, int] | None = None
         self._step: dict[bytes, torch.Tensor] = {}
         self._outputs = 0  # length of the tuple that a block returns, 0 for a bare tensor
         self._said: set[str] = set()
@@ -114,28 +116,33 @@ class Prefix:
         name, self.first = found
         if self.first == 0:
             return False
+        if self._watch is not None and self._known == found and self._watch.same():
+            held = [self.tt_model.model.get_submodule(path) for path in (name, self._path)]
+            if held == [self.blocks, self.backbone] and not self.backbone.training:
+                return True
+        self._watch = None
         self.blocks = self.tt_model.model.get_submodule(name)
-        self.backbone, inner = self._find_backbone(name)
+        self.backbone, self._path, inner = self._find_backbone(name)
         if self.backbone.training:
             raise CannotShare("the model is in training mode; call model.eval()")
-        tensors = dict(frozen_tensors(self.backbone, inner, self.first))
-        found, samples = marks(tensors)
-        found.append((self.backbone, self.first))
-        if self._marks is None or found != self._marks[0] or not torch.equal(samples, self._marks[1]):
-            self._marks = None
-            self._check()
-            if self.cache is not None:
-                self.cache.open(lambda: identity(self.backbone, tensors, self.first))
-            self._marks = found, samples
+        watch = Watch(self.backbone, inner, self.first)
+        self._parameters = list(inspect.signature(self.backbone.forward).parameters)
+        self._no_cache = {"use_cache": False} if "use_cache" in self._parameters else {}
+        self._stand_in_for = {name: _StandIn(block, self) for name, block in self.blocks.named_children()}
+        self._check()
+        if self.cache is not None:
+            self.cache.open(lambda: identity(self.backbone, watch.tensors, self.first))
+        self._watch, self._known = watch, found
         return True
 
-    def _find_backbone(self, blocks: str) -> tuple[nn.Module, str]:
-        """Return the innermost module around the blocks that takes token ids, and the blocks' name in it."""
+    def _find_backbone(self, blocks: str) -> tuple[nn.Module, str, str]:
+        """Return the innermost module around the blocks that takes token ids, its name, and the blocks' name in it."""
         path = blocks.split(".")
         for depth in range(len(path) - 1, -1, -1):
-            module = self.tt_model.model.get_submodule(".".join(path[:depth]))
+            name = ".".join(path[:depth])
+            module = self.tt_model.model.get_submodule(name)
             if "input_ids" in inspect.signature(module.forward).parameters and hasattr(module, "get_input_embeddings"):
-                return module, ".".join(path[depth:])
+                return module, name, ".".join(path[depth:])
         raise CannotShare("no module around the blocks takes input_ids")
 
     @torch.no_grad()
@@ -160,7 +167,7 @@ class Prefix:
         """Stand in for the backbone's ``forward``."""
         if looking.get():
             return forward(*args, **kwargs)
-        inputs = dict(zip(inspect.signature(forward).parameters, args)) | kwargs
+        inputs = dict(zip(self._parameters, args)) | kwargs
         try:
             rows = _rows_of(inputs)
         except CannotShare as reason:
@@ -225,7 +232,7 @@ class Prefix:
         handle = self.blocks[self.first - 1].register_forward_hook(look)
         try:
             with self._stand_ins(above, catch):
-                forward(**inputs, **self._no_cache(forward))
+                forward(**inputs, **self._no_cache)
         finally:
             handle.remove()
         hidden = seen[0]
@@ -245,37 +252,33 @@ class Prefix:
         with ExitStack() as stack:
             stack.enter_context(self._stand_ins(range(self.first), lambda other: hidden.to(other.device)))
             stack.enter_context(forward_of(embeddings, nothing))
-            return forward(**{**inputs, **self._no_cache(forward)})
+            return forward(**{**inputs, **self._no_cache})
 
     @contextmanager
     def _stand_ins(self, indices: range, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Put stand-ins, which return ``replace(hidden states)``, into the places of some blocks."""
-        own = {str(i): self.blocks[i] for i in indices}
+        own = {str(i): self.blocks._modules[str(i)] for i in indices}
+        self.replace = replace
         try:
-            for name, block in own.items():
-                self.blocks._modules[name] = _StandIn(block, replace, self)
+            self.blocks._modules.update((name, self._stand_in_for[name]) for name in own)
             yield
         finally:
             self.blocks._modules.update(own)
-
-    @staticmethod
-    def _no_cache(forward: Callable) -> dict[str, bool]:
-        return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
 
 class _StandIn(nn.Module):
     """A block that computes nothing; its attributes are those of the block, for models that ask for them."""
 
-    def __init__(self, block: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], prefix: Prefix):
+    def __init__(self, block: nn.Module, prefix: Prefix):
         super().__init__()
-        self.__dict__.update(block=block, replace=replace, prefix=prefix, training=False)
+        self.__dict__.update(block=block, prefix=prefix, training=False)
         self.__dict__["argument"] = next(iter(inspect.signature(block.forward).parameters))
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["block"], name)
 
     def forward(self, *args, **kwargs):
-        hidden = self.replace(args[0] if args else kwargs[self.argument])
+        hidden = self.prefix.replace(args[0] if args else kwargs[self.argument])
         return (hidden, *[None] * (self.prefix._outputs - 1)) if self.prefix._outputs else hidden
 
 
@@ -306,8 +309,8 @@ def _rows_of(inputs: Mapping[str, Any]) -> _Rows:
         if value.shape not in (ids.shape, (1, ids.shape[1])) or value.is_floating_point():
             raise CannotShare(f"a forward with {name} of shape {tuple(value.shape)}")
         names.append(name)
-    values = [real, *(inputs[name].expand(len(ids), -1)[:, :columns] for name in names)]
-    numbers = torch.stack([value.long() for value in values]).cpu()  # the one read of the device
+    values = [host(real), *(host(inputs[name]).expand(len(ids), -1)[:, :columns] for name in names)]
+    numbers = torch.stack([value.long() for value in values])
     real = numbers[0].bool()
     counts, first = real.sum(1), real.long().argmax(1)
     column = torch.arange(columns)

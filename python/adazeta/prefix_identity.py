@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,13 +30,10 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
         CannotShare: a tensor is trainable, or an adapter is active below.
     """
     for name, module in backbone.named_modules():
-        inside = name.startswith(f"{blocks}.")
-        if inside and int(name[len(blocks) + 1 :].split(".")[0]) >= first:
+        if _above(name, blocks, first):
             continue
-        if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
-            held = {adapter for kind in module.adapter_layer_names for adapter in getattr(module, kind)}
-            if active := sorted(held.intersection(module.active_adapters)):
-                raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
+        if isinstance(module, BaseTunerLayer) and (active := _active(module)):
+            raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
         for own, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if not isinstance(tensor, torch.Tensor):  # packed weights are plain attributes
                 continue
@@ -44,31 +42,86 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
             yield f"{name}.{own}", tensor
 
 
-class _Itself:
-    """A tensor that is equal to no other; kept, so that no other gets its place."""
+class Watch:
+    """Tell before every estimate whether what lies below the first adapter is still what it was, in little time.
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    Modules and tensors are compared by identity, tensors also by memory, dtype and version. Writes through ``.data``
+    leave no trace but the numbers: ``SAMPLES`` of each tensor are read.
 
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _Itself) and self.tensor is other.tensor
-
-
-def marks(tensors: dict[str, torch.Tensor]) -> tuple[list, torch.Tensor]:
-    """Return what changes when tensors are replaced, moved, cast or written to.
-
-    Writes through ``.data`` leave no trace but the numbers: a few of each tensor are read.
+    Args:
+        backbone, blocks, first: as for :func:`frozen_tensors`, which is asked once.
     """
-    found, samples = [], []
-    for name, tensor in tensors.items():
-        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-        place = tensor.data_ptr() if plain else _Itself(tensor)
-        found.append((name, place, 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device))
-        if plain and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
-            count = min(SAMPLES, tensor.numel())
-            samples.append(tensor.detach().as_strided((count,), (tensor.numel() // count,)))
-    found.append(precision(next(iter(tensors.values())).device))
-    return found, torch.cat([sample.to(samples[0].device) for sample in samples]).double().cpu()
+
+    def __init__(self, backbone: nn.Module, blocks: str, first: int):
+        self.tensors = dict(frozen_tensors(backbone, blocks, first))
+        self._device = next(iter(self.tensors.values())).device
+        self._held: list[tuple[dict, str, Any]] = []  # who holds what under which name
+        self._sizes: list[tuple[dict, int]] = []
+        self._tuners: list[tuple[BaseTunerLayer, list]] = []
+        for name, module in backbone.named_modules():
+            if _above(name, blocks, first):
+                continue
+            prefix = f"{name}." if name else ""
+            below = {key: child for key, child in module._modules.items() if not _above(prefix + key, blocks, first)}
+            tensors = {key: one for key, one in vars(module).items() if torch.is_tensor(one)}  # packed weights are such
+            for own, kept in (
+                (module._modules, below),
+                (module._parameters, module._parameters),
+                (module._buffers, module._buffers),
+                (vars(module), tensors),
+            ):
+                self._held += [(own, key, one) for key, one in kept.items()]
+                if own is not vars(module):
+                    self._sizes.append((own, len(own)))
+            if isinstance(module, BaseTunerLayer):
+                self._tuners.append((module, _active(module)))
+        views = []
+        for tensor in self.tensors.values():
+            if _is_plain(tensor) and tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
+                count = min(SAMPLES, tensor.numel())
+                views.append(tensor.detach().as_strided((count,), (tensor.numel() // count,)))
+        self._views = views  # of the memory that the tensors had
+        self._samples = self._read()
+        self._marks = self._look()
+
+    def same(self) -> bool:
+        """Whether nothing has changed since this was made."""
+        return (
+            all(own.get(key) is one for own, key, one in self._held)
+            and all(len(own) == size for own, size in self._sizes)
+            and all(_active(module) == active for module, active in self._tuners)
+            and self._look() == self._marks
+            and torch.equal(self._read(), self._samples)
+        )
+
+    def _look(self) -> list:
+        """What changes when tensors are moved, cast, written to or made trainable, and when precision does."""
+        found: list = [precision(self._device)]
+        for tensor in self.tensors.values():
+            place = tensor.data_ptr() if _is_plain(tensor) else 0
+            version = 0 if tensor.is_inference() else tensor._version
+            found.append((place, version, tensor.dtype, tensor.requires_grad))
+        return found
+
+    def _read(self) -> torch.Tensor:
+        return torch.cat([view.to(self._device) for view in self._views]) if self._views else torch.empty(0)
+
+
+def _above(name: str, blocks: str, first: int) -> bool:
+    """Whether a module is block ``first`` or one behind it, or inside of one."""
+    return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
+
+
+def _active(layer: BaseTunerLayer) -> list[str]:
+    """The adapters that ``layer`` applies."""
+    if layer.disable_adapters:
+        return []
+    held = {adapter for kind in layer.adapter_layer_names for adapter in getattr(layer, kind)}
+    return sorted(held.intersection(layer.active_adapters))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def precision(device: torch.device) -> list[str]:

@@ -30,6 +30,7 @@ class TTModel(BaseTuner):
     def __init__(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None):
         self._theta: dict[str, torch.Tensor] = {}
         self._layers: dict[str, list[tuple[str, TTLayer]]] = {}  # what tt_layers found; dozens ask in a step
+        self._blocks: dict[str, tuple[str, int] | None] = {}  # what block_list found
         self._focuses = False
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
@@ -78,6 +79,7 @@ class TTModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         self._layers.clear()
+        self._blocks.clear()
 
     def _width(self, base_layer: nn.Module, placement: str, key: str) -> int:
         hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
@@ -194,12 +196,18 @@ class TTModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._theta.pop(adapter_name, None)
         self._layers.clear()
+        self._blocks.clear()
 
     def block_list(self, adapter_name: str) -> tuple[str, int] | None:
         """Return the name of the block list and the index of its first adapted block, if all are in one list.
 
         None for encoder-decoder models too: T5's blocks hand position biases on, whose rows would not be copied again.
         """
+        if adapter_name not in self._blocks:
+            self._blocks[adapter_name] = self._find_blocks(adapter_name)
+        return self._blocks[adapter_name]
+
+    def _find_blocks(self, adapter_name: str) -> tuple[str, int] | None:
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return None
         found = [re.match(r"(.*?)\.(\d+)\.", name) for name, _ in self.tt_layers(adapter_name)]
