@@ -7,12 +7,13 @@ import weakref
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .probes import Probes, probing
-from .scoring import trunk_of
+from .scoring import scored_logits, trunk_of
 from .tokens import looking
 
 
@@ -20,12 +21,12 @@ class LiveBytes(TorchDispatchMode):
     """Count the bytes of tensors that operations make inside the ``with`` statement, while they live.
 
     Attributes:
-        peak: the most bytes alive at a time.
+        now, peak: bytes alive, and the most at a time.
     """
 
     def __init__(self):
         super().__init__()
-        self.peak = self._now = 0
+        self.peak = self.now = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -40,22 +41,25 @@ class LiveBytes(TorchDispatchMode):
         if key in self._sizes or key in given:  # a view of a weight, or a result written in place
             return
         self._sizes[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        self.peak = max(self.peak, self._now)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
-        self._now -= self._sizes.pop(key, 0)
+        self.now -= self._sizes.pop(key, 0)
 
 
 @torch.no_grad()
-def forward_bytes(model: torch.nn.Module, rows: int, tokens: int, *, tt_model=None, adapter: str = "default") -> int:
-    """Return the bytes that a forward without the output layer takes above the weights, at its peak.
+def forward_bytes(
+    model: torch.nn.Module, rows: int, tokens: int, *, scored: int = 0, tt_model=None, adapter: str = "default"
+) -> int:
+    """Return the bytes that a forward takes above the weights, at its peak.
 
     Args:
         model: a Hugging Face model or a ``PeftModel``, on any device, "meta" included.
         rows: sequences in the forward, each its own probe where ``tt_model`` is given.
         tokens: length of each.
+        scored: positions of each that the output layer scores with its whole vocabulary; label words need none.
         tt_model: the ``TTModel`` whose factors count too.
         adapter: name of its adapter.
 
@@ -67,14 +71,20 @@ def forward_bytes(model: torch.nn.Module, rows: int, tokens: int, *, tt_model=No
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     inputs = {"input_ids": ids}
     if getattr(trunk.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :1]
+        inputs["decoder_input_ids"] = ids[:, : max(1, scored)]
     if "use_cache" in inspect.signature(trunk.forward).parameters:
         inputs["use_cache"] = False
     probes = nullcontext() if tt_model is None else probing(tt_model, Probes.of([0] * rows, [0.0] * rows, adapter))
     token = looking.set(True)
     try:
         with probes, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            trunk(**inputs)
+            if scored:
+                row = torch.arange(rows, device=device).repeat_interleave(scored)
+                column = torch.arange(scored, device=device).repeat(rows)
+                logits = scored_logits(model, inputs, row, column)
+                F.cross_entropy(logits, torch.zeros_like(row), reduction="none")
+            else:
+                trunk(**inputs)
     finally:
         looking.reset(token)
     return live.peak

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .batches import along, host, onto
 from .probe_tokens import CopiedPrompts, focused, last_real_token
 from .scoring import (
     aligned,
@@ -50,6 +51,10 @@ class Completion:
     def __init__(self, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
 
+    def positions_scored(self, batch: Mapping[str, Any]) -> int:
+        """Return the most positions of a row that are scored with the whole vocabulary."""
+        return int((host(batch["labels"]) != -100).sum(1).max())
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B]`` float32 losses.
 
@@ -69,7 +74,7 @@ class Completion:
         logits, labels, rows = label_logits(model, batch)
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         counts = sum_by_row(torch.ones_like(losses), rows, len(batch["labels"]))
-        if not bool(counts.all()):
+        if len(host(rows).unique()) < len(counts):
             raise ValueError("every row needs at least one label that is not -100, in a causal model behind the first")
         return sum_by_row(losses, rows, len(counts)) / counts, logits, labels, rows
 
@@ -77,6 +82,9 @@ class Completion:
 def lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the mean cross entropy of every row over its scored tokens, ``[B]`` float32: :class:`Completion`."""
     return Completion()(model, batch)
+
+
+lm_loss.positions_scored = Completion().positions_scored
 
 
 class _Scored:
@@ -239,11 +247,11 @@ class MaskedLabelWords(_Words):
         refuse_last(model, "words at a mask")
         batch = aligned(batch)
         ids = batch["input_ids"]
-        masks = ids == self.mask_token
+        masks = host(ids) == self.mask_token
         if not bool((masks.sum(1) == 1).all()):
             raise ValueError(f"every prompt needs one mask token, got {masks.sum(1).tolist()} of them")
         rows = torch.arange(len(ids), device=ids.device)
-        columns = masks.long().argmax(1)
+        columns = onto(masks.long().argmax(1), ids.device)
         return scored_logits(model, batch, rows, columns, self._first_tokens(ids.device))
 
 
@@ -319,8 +327,8 @@ class CandidateLikelihood(_Scored):
         """Return ``[B, K]`` float32 scores."""
         refuse_last(model, "candidates of several tokens")
         examples, count = batch["targets"].shape[:2]
-        flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
-        flat["labels"] = batch["targets"].flatten(0, 1)
+        inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "labels": "targets"}
+        flat = {name: along(lambda value: value.flatten(0, 1), batch[key]) for name, key in inputs.items()}
         log_p, rows = token_log_probs(model, flat)
         counts = sum_by_row(torch.ones_like(log_p), rows, examples * count)
         sums = sum_by_row(log_p, rows, examples * count)

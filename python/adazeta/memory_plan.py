@@ -17,6 +17,7 @@ def plan_memory(
     batch_size: int = 16,
     tokens: int = 64,
     directions: str | int = "batch",
+    scored: int = 0,
     memory_budget: int | None = None,
     say=lambda line: None,
 ) -> dict[str, int]:
@@ -31,6 +32,7 @@ def plan_memory(
         batch_size: examples in a step.
         tokens: length of the longest example.
         directions: ``"batch"``, ``"example"`` or groups, as in :class:`adazeta.ZerothOrder`.
+        scored: tokens of an example that are scored with the whole vocabulary, as ``--task completion`` does.
         memory_budget: bytes of a forward; None is half of what is free beside the weights.
 
     Returns:
@@ -74,6 +76,7 @@ def plan_memory(
     if memory_budget is None and device == "cpu":
         memory_budget = max(1, (available_bytes() - weights) // 2)
     planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
+    planner.scored = min(scored, tokens)
     try:
         probes = planner.probes(rows, tokens, device)
     except ValueError as error:
@@ -81,7 +84,7 @@ def plan_memory(
     found = {
         "weights": weights,
         "adapter": _bytes_of(adapted) - weights,
-        "forward": forward_bytes(adapted, probes * rows, tokens, tt_model=adapted.base_model),
+        "forward": forward_bytes(adapted, probes * rows, tokens, scored=planner.scored, tt_model=adapted.base_model),
     }
     # Asked last, when the libraries that a run uses have been loaded; nothing of the model was.
     found["libraries"] = resident_bytes() or 0

@@ -1,9 +1,7 @@
 """``ZerothOrder``: a torch optimizer whose ``estimate`` stands where ``loss.backward()`` stood."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import astuple, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,14 @@ import torch
 from adazeta_kernels import derive_seeds
 
 from .assets import cache_dir
+from .batches import to_device
 from .config import check_probes, check_update
 from .digests import crc_of, sha256_of
 from .errors import Diverged
+from .estimates import losses_of
 from .estimator import coefficients, probe_signs, projected_gradients
 from .first_look import FirstLook
+from .graphs import Graphs
 from .guards import Guard
 from .in_place import Drift
 from .journal import Journal
@@ -24,8 +25,7 @@ from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
 from .prefix import Prefix
 from .prefix_cache import cache_of
-from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
-from .probes import Plan, batch_size, evaluate_probes, groups_of
+from .probes import Plan, batch_size, groups_of
 from .recording import record_going_back, record_run
 from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
@@ -121,7 +121,7 @@ class ZerothOrder(torch.optim.Optimizer):
         )
         cache = cache_of(prefix_cache, cache_dir() / "prefix")
         self.prefix = Prefix(self.tt_model, self.adapter, cache) if self.tt_model and share_prefix else None
-        self.tokens = TokenCount()
+        self.graphs, self.tokens = Graphs(model, self.tt_model, self.adapter), TokenCount()
         layers = self.tt_model.tt_layers(self.adapter) if self.tt_model else []
         adapter_ids = {id(layer.tt_theta[self.adapter]) for _, layer in layers}
         self.sites = [(name, layer.layout[self.adapter]) for name, layer in layers]
@@ -167,14 +167,18 @@ class ZerothOrder(torch.optim.Optimizer):
         Args:
             loss_fn: ``loss_fn(model, batch) -> [rows]``, one float32 loss per row of the (expanded) batch; or one of
                 ``adazeta.objectives``.
-            batch: mapping whose tensors have the examples in dimension 0; lists of as many entries go with them.
+            batch: mapping whose tensors have the examples in dimension 0; lists of as many entries go with them. For a
+                model on a GPU best on the CPU still, or from ``adazeta.batches.prefetched``: then nothing but the
+                losses is read from the GPU.
 
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
         """
         if self.pending:
             return self.next_recorded.loss
-        examples = batch_size(batch)
+        examples, device = batch_size(batch), next(self.model.parameters()).device
+        if device.type == "cuda":
+            batch = to_device(batch, device)
         groups = groups_of(self.directions, examples)
         if self.ranks and self.directions != "batch":
             self.ranks.same_batch(examples, self.step_index)
@@ -185,7 +189,7 @@ class ZerothOrder(torch.optim.Optimizer):
         plan = Plan(chosen, self.eps, probe_signs(self.difference), groups, examples // groups)
         losses, rows = torch.empty(groups, 0, len(plan.signs), plan.rows_per_probe), 0
         if mine:
-            losses, rows = self._evaluate(plan, batch, loss_fn)
+            losses, rows = losses_of(self, plan, batch, loss_fn)
         if self.ranks:
             due = self.step_index % self.ranks.check_every == 0
             digest = crc_of(self.trainable().tensors) if due else 0
@@ -204,36 +208,6 @@ class ZerothOrder(torch.optim.Optimizer):
         self.evaluations += evaluations
         self._mean_losses.append(loss)
         return loss
-
-    def _evaluate(self, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable) -> tuple[torch.Tensor, int]:
-        """Return the losses of the plan's probes, ``[G, Q, S, rows_per_probe]``, and the forward rows they cost."""
-        # Asked for also where it is not needed: it makes the layers' offsets those of the flat vector.
-        offset = self.tt_model.theta(self.adapter).numel() if self.tt_model is not None else 0
-        others = self._others.at_probes(self.model, offset, self.distribution)
-        settings = {
-            "tt_model": self.tt_model,
-            "adapter": self.adapter,
-            "distribution": self.distribution,
-            "planner": self.planner,
-        }
-        per_row = getattr(loss_fn, "per_row", loss_fn)  # what depends on a row alone, where the loss of a row does not
-        losses_of, look = partial(per_row, self.model), self._first_look
-        further = {"others": others, "heads": self._others.heads(self.model)}
-        shares = self.prefix is not None and bool(self.prefix.describe())
-        looked_at = partial(getattr(loss_fn, "continuous", per_row), self.model)
-        look(self.model, batch, looked_at, eps=self.eps, shares=shares, **further, **settings)
-        at_tokens = others is None and not look.rows_mix
-        at_tokens = at_tokens and can_use_probe_tokens(self.tt_model, self.adapter, loss_fn, batch)
-        shared = self.prefix.shared() if self.prefix is not None and not look.rows_mix else nullcontext()
-        with self.tokens.counting(self.model), shared, others or nullcontext():
-            if at_tokens:
-                losses, rows = evaluate_probe_tokens(plan, batch, self.model, loss_fn, **settings)
-            else:
-                if look.rows_mix:
-                    self.planner.probes_per_forward = 1
-                losses = evaluate_probes(plan, batch, losses_of, **further, **settings)
-                rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
-        return (loss_fn.of_probes(losses, batch) if hasattr(loss_fn, "of_probes") else losses), rows
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

@@ -12,9 +12,9 @@ from .memory import MIB, available_bytes
 
 log = logging.getLogger("adazeta")
 
-#: Tokens in a forward beyond which a device gains little. On a CPU rows get little cheaper above 256 tokens, and 256
-#: keep the activations of a forward, with layers in float32 or bfloat16, within what a frozen forward takes and 16 MiB.
-TOKENS_PER_FORWARD = {"cpu": 256, "default": 65536}
+#: Tokens in a forward beyond which a device gains little (docs/experiments.md has the measurement). On a CPU rows of
+#: bfloat16 layers get no cheaper above 256 tokens; those of float32 ones do, by a tenth.
+TOKENS_PER_FORWARD = {"cpu": 256, "cpu float32": 768, "default": 65536}
 
 #: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
 #: might not fit is the footprint looked up, which takes a second for a large model.
@@ -22,6 +22,21 @@ MOST_WIDTHS = 32
 
 #: Lengths are looked up in multiples of this: every look-up takes a second for a large model.
 LOOKED_UP = 32
+
+
+def tokens_per_forward(model: nn.Module | None, device: str = "cpu") -> int:
+    """Return how many tokens a forward of ``model`` should hold, which its frozen linear layers decide.
+
+    Args:
+        model: None is a model of which nothing is known.
+        device: type of the device that runs it.
+    """
+    if device == "cpu" and model is not None:
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        weights = [vars(layer)["packed"] if "packed" in vars(layer) else layer.weight for layer in layers]
+        if weights and all(weight.dtype == torch.float32 for weight in weights):
+            device = "cpu float32"
+    return TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
 
 
 class Planner:
@@ -36,6 +51,9 @@ class Planner:
         adapter: name of the adapter.
         probes_per_forward: most probes in a forward; None leaves it to the number of tokens.
         memory_budget: bytes that a forward may take above the weights; None is half of what is free.
+
+    Attributes:
+        scored: positions of a row that the output layer scores with its whole vocabulary: of the batch at hand.
     """
 
     def __init__(
@@ -55,8 +73,11 @@ class Planner:
         self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
+        self.scored = 0
+        self._knee = tokens_per_forward(model)
         self._asked_for = memory_budget is not None
-        self._fitting: dict[tuple[int, int], int] = {}  # rows that fit, by rows wanted and tokens of a row
+        # Rows that fit, by rows wanted, tokens of a row and how many of them are scored.
+        self._fitting: dict[tuple[int, int, int], int] = {}
         self._unknown = False  # the model does not run without numbers
         self._most_tokens: int | None = None  # learned by running out of memory
 
@@ -70,7 +91,8 @@ class Planner:
         Raises:
             ValueError: the memory budget is too small for one probe.
         """
-        wanted = self.probes_per_forward or max(1, self._tokens(device) // max(1, rows * tokens))
+        knee = self._knee if device == "cpu" else tokens_per_forward(None, device)
+        wanted = self.probes_per_forward or max(1, knee // max(1, rows * tokens))
         if self._most_tokens is not None:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
         wide = -(-tokens // LOOKED_UP) * LOOKED_UP
@@ -126,9 +148,6 @@ class Planner:
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
 
-    def _tokens(self, device: str) -> int:
-        return TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
-
     def _budget(self, device: str) -> int:
         if self.memory_budget is None:
             # Asked once: later answers would count what forwards left behind.
@@ -140,12 +159,16 @@ class Planner:
         """The most rows of a forward within the budget, at most ``wanted``."""
         if self.model is None or wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device):
             return wanted
-        if (wanted, tokens) not in self._fitting:
+        key = (wanted, tokens, self._scored(tokens))
+        if key not in self._fitting:
             rows = wanted
             while rows and (taken := self._bytes(rows, tokens)) > self._budget(device):
                 rows = min(rows - 1, rows * self._budget(device) // taken)
-            self._fitting[wanted, tokens] = rows
-        return self._fitting[wanted, tokens]
+            self._fitting[key] = rows
+        return self._fitting[key]
+
+    def _scored(self, tokens: int) -> int:
+        return min(tokens, -(-self.scored // LOOKED_UP) * LOOKED_UP)
 
     def _bytes(self, rows: int, tokens: int) -> int:
         from .footprint import forward_bytes
@@ -153,7 +176,8 @@ class Planner:
         if self._unknown:
             return 0
         try:
-            return forward_bytes(self.model, rows, tokens, tt_model=self.tt_model, adapter=self.adapter)
+            probes = {"tt_model": self.tt_model, "adapter": self.adapter}
+            return forward_bytes(self.model, rows, tokens, scored=self._scored(tokens), **probes)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             # A model may look at numbers, or know no way without them.
             log.warning(

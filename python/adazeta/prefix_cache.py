@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from .memory import available_bytes, read_size
 _log = logging.getLogger("adazeta")
 _MAGIC = b"AZPREFX1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_NAME = re.compile("[0-9a-f]{64}")  # of a folder: a model's digest
 SHARE = 4  # a cache without a limit of its own takes one part in so many of what is free
 
 
@@ -101,15 +103,16 @@ class DiskCache:
     """One file per tensor in a folder per model; processes may share it, runs find it again.
 
     A file is written aside and renamed. It holds a SHA-256 of key, shape and data, and is computed anew where that does
-    not fit. When the limit is reached or the disk is full nothing more is stored.
+    not fit. When the limit is reached folders of other models make room, that opened longest ago first; when none is
+    left, or the disk is full, nothing more is stored.
 
     Args:
         folder: where the folders of the models are made.
-        limit: bytes of the files of one model, or None for a quarter of what is free.
+        limit: bytes of all files, or None for a quarter of what is free beside them.
     """
 
     def __init__(self, folder: str | os.PathLike, limit: int | None = None):
-        self.root, self.limit, self.bytes = Path(folder), limit, 0
+        self.root, self.limit, self.bytes, self._others_bytes = Path(folder), limit, 0, 0
         self.folder: Path | None = None
         self._full = False
 
@@ -122,9 +125,11 @@ class DiskCache:
         self.folder, self._full = self.root / identity(), False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.bytes = sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file())
+            os.utime(self.folder)  # as a file that is stored would do
+            self.bytes, others = _size(self.folder), self._others()
+            self._others_bytes = sum(others.values())
             if self.limit is None:
-                self.limit = self.bytes + shutil.disk_usage(self.folder).free // SHARE
+                self.limit = self.bytes + self._others_bytes + shutil.disk_usage(self.folder).free // SHARE
         except OSError as error:
             self._stop(error)
 
@@ -145,7 +150,7 @@ class DiskCache:
             return
         content = _encode(key, value)
         path = self._path(key)
-        if self.bytes + len(content) > self.limit:
+        if not self._make_room(len(content)):
             self._stop(f"the limit of {self.limit:,} bytes is reached")
             return
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -158,12 +163,40 @@ class DiskCache:
             return
         self.bytes += len(content)
 
+    def _others(self) -> dict[Path, int]:
+        """Return the folders of other models and their bytes, the one that was used longest ago first."""
+        named = [path for path in self.root.iterdir() if path != self.folder and _NAME.fullmatch(path.name)]
+        folders = [path for path in named if path.is_dir() and not path.is_symlink()]
+        return {path: _size(path) for path in sorted(folders, key=lambda path: path.stat().st_mtime)}
+
+    def _make_room(self, size: int) -> bool:
+        """Delete folders of other models until ``size`` more bytes are within the limit; return whether they are."""
+        if self.bytes + size > self.limit:
+            return False
+        if self.bytes + size + self._others_bytes > self.limit:
+            try:
+                others = self._others()
+            except OSError:  # another process deletes one
+                return False
+            self._others_bytes = sum(others.values())
+            for path, taken in others.items():
+                if self.bytes + size + self._others_bytes <= self.limit:
+                    break
+                shutil.rmtree(path, ignore_errors=True)
+                self._others_bytes -= taken
+                _log.info("prefix cache: %s of another model made room, %s bytes", path, f"{taken:,}")
+        return self.bytes + size + self._others_bytes <= self.limit
+
     def _path(self, key: bytes) -> Path:
         return self.folder / hashlib.sha256(key).hexdigest()
 
     def _stop(self, reason) -> None:
         self._full = True
         _log.warning("prefix cache in %s: nothing more is stored: %s", self.folder, reason)
+
+
+def _size(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
 
 def _encode(key: bytes, value: torch.Tensor) -> bytes:

@@ -129,11 +129,12 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
 def _pack(model, gemm: str, say) -> str:
     """Pack the frozen linear layers where asked for or found faster; return what was done: a resumed run repeats it."""
     from adazeta import frozen
-    from adazeta.planner import TOKENS_PER_FORWARD
+    from adazeta.planner import tokens_per_forward
 
+    tokens = tokens_per_forward(model)
     if gemm == "auto":
-        return frozen.pack_where_faster(model, TOKENS_PER_FORWARD["cpu"], say)
-    if gemm == "packed" and not frozen.pack(model, TOKENS_PER_FORWARD["cpu"]):
+        return frozen.pack_where_faster(model, tokens, say)
+    if gemm == "packed" and not frozen.pack(model, tokens):
         say("frozen linear layers plain: none of them can be packed here")
         return "plain"
     return gemm

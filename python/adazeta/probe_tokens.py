@@ -150,7 +150,7 @@ def evaluate_probe_tokens(
     Returns:
         Losses ``[G, Q, S, rows_per_probe]`` float32 on the CPU, and the number of prompts that passed the model.
     """
-    from .probes import Probes, probing, take_rows
+    from .probes import Probes, probing, read, take_rows
 
     planner = planner or Planner()
     per_row = len(plan) // plan.groups
@@ -196,7 +196,7 @@ def evaluate_probe_tokens(
             copies = -(-copies // 2)  # rows alone are too much, with so many copies each
             continue
         first_row = last_row
-    losses = torch.cat(blocks).cpu()
+    losses = read(blocks)
     queries = per_row // len(plan.signs)
     losses = losses.view(plan.groups, plan.rows_per_probe, queries, len(plan.signs))
     return losses.permute(0, 2, 3, 1), rows_done

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .batches import along, onto
 from .factors import FactorGroups
 from .in_place import InPlace
 from .planner import Planner
@@ -107,7 +108,7 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
     def take(value):
         if torch.is_tensor(value) and value.ndim:
-            return value.index_select(0, rows.to(value.device))
+            return along(lambda tensor: tensor.index_select(0, onto(rows, tensor.device)), value)
         return [value[row] for row in chosen] if isinstance(value, list) and len(value) == examples else value
 
     return {name: take(value) for name, value in batch.items()}
@@ -206,4 +207,9 @@ def evaluate_probes(
         losses += planner.run(forward, first, last, tokens)
         first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
-    return torch.cat(losses).cpu().view(shape)
+    return read(losses).view(shape)
+
+
+def read(losses: list[torch.Tensor]) -> torch.Tensor:
+    """Return all losses of an estimate, one behind the other, on the CPU: the one time it waits for the device."""
+    return torch.cat(losses).cpu()

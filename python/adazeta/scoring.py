@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .batches import along, host, onto
 from .tokens import real_tokens
 from .tuner import TTModel
 
@@ -70,18 +71,18 @@ def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return dict(batch)
-    length = mask.shape[1]
-    first, last = mask.argmax(1), length - 1 - mask.flip(1).argmax(1)
+    length, real = mask.shape[1], host(mask)
+    first, last = real.argmax(1), length - 1 - real.flip(1).argmax(1)
     kept, moved = int((last - first).max()) + 1, bool(first.any())
     if not moved and kept == length:
         return dict(batch)
-    columns = (torch.arange(kept, device=mask.device) + first[:, None]) % length
+    columns = (torch.arange(kept) + first[:, None]) % length
 
     def cut(value):
-        return value.gather(1, columns) if moved else value[:, :kept]
+        return value.gather(1, onto(columns, value.device)) if moved else value[:, :kept]
 
     names = {"input_ids", "attention_mask", "token_type_ids", *per_token}
-    return {name: cut(value) if name in names else value for name, value in batch.items()}
+    return {name: along(cut, value) if name in names else value for name, value in batch.items()}
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,8 +93,10 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     mask, kind = inputs.get("attention_mask"), kind_of(model)
-    if kind == "causal" and mask is not None and mask.ndim == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        del inputs["attention_mask"]
+    if kind == "causal" and mask is not None and mask.ndim == 2:
+        real = host(mask)
+        if bool((real[:, 1:] <= real[:, :-1]).all()):
+            del inputs["attention_mask"]
     return inputs if kind == "masked" else {**inputs, "use_cache": False}
 
 
@@ -146,8 +149,8 @@ def label_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tens
         batch = aligned(batch, "labels")
         labels = batch["labels"]
     if kind == "causal":
-        labels = labels[:, 1:]
-    rows, columns = (labels != -100).nonzero(as_tuple=True)
+        labels = along(lambda value: value[:, 1:], labels)
+    rows, columns = (onto(index, labels.device) for index in (host(labels) != -100).nonzero(as_tuple=True))
     return scored_logits(model, batch, rows, columns), labels[rows, columns], rows
 
 

@@ -150,9 +150,12 @@ def fit(
     except (ValueError, TypeError) as error:
         raise UserError(f"settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    prefix = trainer.zeroth_order.prefix
-    if prefix and prefix.describe():
-        say(prefix.describe())
+    prefix, graphs = trainer.zeroth_order.prefix, trainer.zeroth_order.graphs
+    shared = prefix.describe() if prefix else ""
+    if shared:
+        say(shared)
+    others = bool(trainer.zeroth_order.others)
+    say(graphs.describe(others=others, shared=bool(shared)))
     with disk_errors(folder), Peak() as peak:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:

@@ -12,10 +12,11 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from adazeta import TTConfig
 from adazeta.footprint import LiveBytes, forward_bytes
+from adazeta.frozen import mix, pack
 from adazeta.memory import MIB, read_size
 from adazeta.planner import TOKENS_PER_FORWARD, Planner, is_out_of_memory
 from adazeta.probes import Probes, probing
-from adazeta.scoring import trunk_of
+from adazeta.scoring import scored_logits, trunk_of
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 FAMILIES = {
@@ -59,10 +60,32 @@ def test_a_forward_takes_what_was_said(name):
     assert said == pytest.approx(again, rel=0.01) if name == "llama" else said <= 1.01 * again <= 1.25 * said
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_output_layer_counts_where_it_scores_all_words(name):
+    model, rows, tokens = adapted(name), 4, 48
+    without, few, all_of_them = (forward_bytes(model, rows, tokens, scored=scored) for scored in (0, 1, 48))
+    assert without <= few < all_of_them
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    row, column = torch.arange(rows).repeat_interleave(48), torch.arange(48).repeat(rows)
+    with LiveBytes() as live:
+        logits = scored_logits(model, {"input_ids": ids}, row, column)
+        torch.nn.functional.cross_entropy(logits, ids.reshape(-1), reduction="none")
+    assert all_of_them == pytest.approx(live.peak, rel=0.02)  # places and labels count there, not here
+    wide = Planner(model, memory_budget=forward_bytes(model, 8, 32))
+    assert wide.probes(1, 32) == 8
+    wide.scored = 32
+    assert 1 <= wide.probes(1, 32) < 8
+
+
 def test_probes_in_a_forward_follow_from_tokens_and_budget():
     model = adapted("llama")
-    knee = TOKENS_PER_FORWARD["cpu"]
+    knee = TOKENS_PER_FORWARD["cpu float32"]
     assert Planner(model).probes(2, 16) == knee // 32
+    assert Planner(adapted("llama").bfloat16()).probes(2, 16) == TOKENS_PER_FORWARD["cpu"] // 32 < knee // 32
+    mixed = adapted("llama")
+    assert mix(mixed) and Planner(mixed).probes(2, 16) == TOKENS_PER_FORWARD["cpu"] // 32
+    assert pack(mixed, 16) and Planner(mixed).probes(2, 16) == TOKENS_PER_FORWARD["cpu"] // 32
     assert Planner(model).probes(8, 5000) == 1
     assert Planner(model, probes_per_forward=3).probes(2, 16) == 3
     one, two = (forward_bytes(model, rows, 32, tt_model=model.base_model) for rows in (2, 4))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 
 import pytest
 import torch
@@ -191,6 +192,31 @@ def test_a_limit_a_full_disk_and_a_forbidden_folder_are_no_errors(tmp_path, capl
         assert train(optimizer("disk")) == expected
     assert len([r for r in caplog.records if "nothing more is stored" in r.getMessage()]) == 3
     assert not [path for path in (tmp_path / "cache").rglob(".*")]
+
+
+def test_other_models_make_room_those_used_longest_ago_first(tmp_path):
+    value, root = torch.zeros(100), tmp_path / "models"
+    (root / "notes").mkdir(parents=True)
+    (root / "notes" / "of somebody").write_text("stays")
+    sizes = []
+    for age, name in ((20, "a"), (10, "b"), (30, "c")):
+        cache = DiskCache(root, 10**6)
+        cache.open(lambda name=name: name * 64)
+        cache.put(b"key", value)
+        sizes.append(cache.bytes)
+        now = cache.folder.stat().st_mtime
+        os.utime(cache.folder, (now - age, now - age))
+    size = sizes[0]
+    new = DiskCache(root, 3 * size)
+    new.open(lambda: "d" * 64)
+    left = []
+    for number in range(4):
+        new.put(str(number).encode(), value)
+        left.append("".join(sorted(path.name[0] for path in root.iterdir())))
+    assert left == ["abdn", "bdn", "dn", "dn"] and new.bytes == 3 * size  # the fourth is not stored
+    again = DiskCache(root)
+    again.open(lambda: "e" * 64)
+    assert again.limit > 3 * size and torch.equal(new.get(b"0"), value)
 
 
 def test_two_processes_may_share_a_folder(tmp_path):
