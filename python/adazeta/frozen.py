@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
             return y if self.bias is None else y + self.bias
         inside = self.bias if self.bias is not None and self.bias.dtype == self.packed.dtype else None
         y = _packed_product(x.to(self.packed.dtype), self.packed, inside).to(x.dtype)
-        return y if self.bias is inside else y + self.bias
+        return y if self.bias is inside else y.add_(self.bias)  # in place: y is new, and still in the cache
 
     def __deepcopy__(self, memo):
         twin = self.__class__.__new__(self.__class__)
