@@ -26,6 +26,8 @@ from .grouped import EpochOfSampler, LengthGrouped, real_length
 from .journal import NAME as JOURNAL_NAME
 from .losses import Completion, lm_loss
 from .memory import MIB, peak_bytes
+from .model_card import NAME as CARD_NAME
+from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
 
 
@@ -195,6 +197,16 @@ class ZOTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def create_model_card(self, *args, model_name: str | None = None, **kwargs) -> None:
+        """Write README.md into ``output_dir``: :mod:`adazeta.model_card`, with what this run knows of itself."""
+        if self.is_world_process_zero():
+            model_card(describe_trainer(self, model_name)).save(Path(self.args.output_dir) / CARD_NAME)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.optimizer is not None:  # in place of PEFT's empty form, which names folders of this machine
+            model_card(describe_trainer(self)).save(Path(output_dir or self.args.output_dir) / CARD_NAME)
 
     def _save_checkpoint(self, *args, **kwargs):
         if self.zeroth_order.journal is not None:

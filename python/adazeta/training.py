@@ -162,8 +162,7 @@ def fit(
         raise Interrupted
     with disk_errors(folder):
         trainer.save_model(str(folder))
-        for name in ("training_args.bin", "README.md"):  # a pickle of paths, and an empty form of a model card
-            (folder / name).unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of paths
     return Outcome(
         steps=trainer.state.global_step,
         rows=trainer.zeroth_order.rows,
@@ -225,6 +224,8 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.demo import measure_memory
     from adazeta.frozen import choose_dtype
+    from adazeta.model_card import NAME as MODEL_CARD
+    from adazeta.model_card import describe_run, model_card
     from adazeta.plots import draw_curves
 
     if settings["deterministic"]:
@@ -287,6 +288,8 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
             **summary["test"],
         )
         write_json(partial / SUMMARY, summary)
+        about = describe_run(classifier.card, summary, output.resolve().name, classifier.model)
+        model_card(about).save(partial / MODEL_CARD)
     for path in partial.glob("checkpoint-*"):  # kept until now: the run could have been resumed from them
         shutil.rmtree(path, ignore_errors=True)
     close_partial(partial, output)

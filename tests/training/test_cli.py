@@ -16,6 +16,7 @@ def test_train_leaves_a_whole_run(world):
     folder, done = world
     files = {path.name for path in (folder / "run").iterdir()}
     assert files == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "adazeta.json",
