@@ -28,6 +28,7 @@ class ZOConfig:
         prefix_cache: what becomes of their outputs after a step: ``"off"``, ``"memory"`` or ``"disk"``, with a limit in
             ``"memory:2GiB"``; ``"auto"`` is memory in runs of more than an epoch.
         perturb: ``"streamed"`` or ``"in-place"``: how trainable parameters that are not adapters are perturbed.
+        privacy: an ``adazeta.privacy.Privacy`` for differentially private steps, or None.
     """
 
     eps: float = 1e-2
@@ -46,6 +47,7 @@ class ZOConfig:
     share_prefix: bool = True
     prefix_cache: str = "auto"
     perturb: str = "streamed"
+    privacy: Any = None
 
 
 def check_update(lr: float, momentum: float, weight_decay: float) -> None:

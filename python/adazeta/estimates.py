@@ -39,7 +39,8 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
     at_tokens = others is None and not look.rows_mix
     at_tokens = at_tokens and can_use_probe_tokens(tt_model, optimizer.adapter, loss_fn, batch)
     with ExitStack() as stack:
-        stack.enter_context(optimizer.tokens.counting(model))
+        if not optimizer.privacy:  # a count of tokens tells of the examples
+            stack.enter_context(optimizer.tokens.counting(model))
         shared = prefix is not None and not look.rows_mix and stack.enter_context(prefix.shared())
         stack.enter_context(others or nullcontext())
         stack.enter_context(optimizer.graphs.used(others=others is not None, shared=shared, at_tokens=at_tokens))

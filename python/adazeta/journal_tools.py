@@ -15,6 +15,7 @@ from .digests import base_sha256, json_sha256, sha256_of
 from .errors import JournalError, UserError
 from .files import replacing
 from .journal import read
+from .privacy import Privacy
 from .replay import effective, journal_path, replay
 from .report import facts
 from .runs import ADAPTER, CARD
@@ -159,6 +160,7 @@ def statistics(name: str) -> dict[str, Any]:
         "zero_coefficients": int((coefficients == 0).sum()),
         "adapters": len(header["sites"]),
         "parameters": len(header["params"]),
+        "privacy": _privacy(header, len(steps)),
         "run_seed": header["run_seed"],
         "distribution": header["distribution"],
         "initial": header["initial"],
@@ -167,6 +169,20 @@ def statistics(name: str) -> dict[str, Any]:
         "base_sha256": header["base_sha256"],
         "software": header["software"],
     }
+
+
+def _privacy(header: dict, steps: int) -> str | None:
+    """Return what the journal of a private run has spent, None of another."""
+    settings = header["config"].get("privacy")
+    if not settings:
+        return None
+    try:
+        privacy = Privacy(**settings)
+    except (TypeError, ValueError) as error:
+        raise JournalError(
+            f"the journal's privacy cannot be {settings!r:.60}: {error}", key="config.privacy"
+        ) from error
+    return f"epsilon {privacy.epsilon(steps):.4g} at delta {privacy.delta:g}, noise {privacy.noise_multiplier:g} x clip"
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -187,6 +203,7 @@ def describe(found: dict[str, Any]) -> str:
         ),
         ("spread", f"{number(found['spread_first'])} at first, {number(found['spread_last'])} at last"),
         ("learning rate", "none" if found["lr"] is None else f"{number(found['lr'][0])} to {number(found['lr'][1])}"),
+        *([("privacy", found["privacy"])] if found["privacy"] else []),
         ("trained", f"{found['adapters']} adapters, {found['parameters']} further parameters"),
         ("directions", f"{found['distribution']}, run seed {found['run_seed']}"),
         ("initial values", "from their seed" if found["initial"] == "seed" else "in the file beside the journal"),

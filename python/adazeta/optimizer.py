@@ -1,7 +1,8 @@
 """``ZerothOrder``: a torch optimizer whose ``estimate`` stands where ``loss.backward()`` stood."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, is_dataclass, replace
+from dataclasses import asdict, astuple, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class ZerothOrder(torch.optim.Optimizer):
             ``"rollback"`` goes back to the journal's best point and on with half the learning rate, ``"ignore"`` makes
             the step all the same.
         ranks: an ``adazeta.distributed.Ranks``, where many processes share the queries or the data of a step.
+        privacy: an ``adazeta.privacy.Privacy``: what a step learns from its examples is clipped and noised. The
+            journal then holds no losses and no counts of examples; ``estimate`` returns the loss to you alone.
 
     The first estimate looks once, with two rows, whether the losses of a row depend on the other rows of its forward
     (``adazeta.first_look``); from then on every probe has a forward of its own.
@@ -103,6 +106,7 @@ class ZerothOrder(torch.optim.Optimizer):
         perturb: str = WAYS[0],
         on_divergence: str = "stop",
         ranks=None,
+        privacy=None,
     ):
         check_update(lr, momentum, weight_decay)
         check_probes(eps, directions, difference, distribution, run_seed)
@@ -130,11 +134,14 @@ class ZerothOrder(torch.optim.Optimizer):
         if not parameters:
             raise ValueError("the model has no trainable parameter; add an adapter or set requires_grad")
         self._others, self._first_look = Others(self.others, perturb), FirstLook()
-        self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
+        self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = self._rows_each = 0
         self.spread = 0.0
-        self.guard, self.ranks = Guard(on_divergence), ranks
-        if ranks is not None:
-            ranks.check(self)
+        # The record of a private step tells no loss, so steps without one are nothing to stop at.
+        self.guard = Guard(on_divergence, patience=math.inf if privacy else Guard.patience)
+        self.ranks, self.privacy = ranks, privacy
+        for part in (ranks, privacy):
+            if part is not None:
+                part.check(self)
         self.journal: Journal | None = None
         self._recorded: list[Step] = []  # of a journal that is resumed; those from step_index on are still to be done
         self._mean_losses: list[float] = []
@@ -169,14 +176,17 @@ class ZerothOrder(torch.optim.Optimizer):
                 ``adazeta.objectives``.
             batch: mapping whose tensors have the examples in dimension 0; lists of as many entries go with them. For a
                 model on a GPU best on the CPU still, or from ``adazeta.batches.prefetched``: then nothing but the
-                losses is read from the GPU.
+                losses is read from the GPU. Of a private step maybe ``{}``: no example.
 
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
         """
         if self.pending:
             return self.next_recorded.loss
-        examples, device = batch_size(batch), next(self.model.parameters()).device
+        if self.privacy and self._projected:
+            raise RuntimeError("a private step has one estimate: call step() before the next")
+        examples = batch_size(batch) if batch or not self.privacy else 0  # a drawn batch may be empty
+        device = next(self.model.parameters()).device
         if device.type == "cuda":
             batch = to_device(batch, device)
         groups = groups_of(self.directions, examples)
@@ -187,9 +197,17 @@ class ZerothOrder(torch.optim.Optimizer):
         mine = self.ranks.queries(queries) if self.ranks else range(queries)
         chosen = [seeds[group * queries + query] for group in range(groups) for query in mine]
         plan = Plan(chosen, self.eps, probe_signs(self.difference), groups, examples // groups)
-        losses, rows = torch.empty(groups, 0, len(plan.signs), plan.rows_per_probe), 0
-        if mine:
+        losses, rows = torch.empty(groups, len(mine), len(plan.signs), plan.rows_per_probe), 0
+        if losses.numel():
             losses, rows = losses_of(self, plan, batch, loss_fn)
+        finite = losses[torch.isfinite(losses)].double()
+        loss = own_loss = float(finite.mean()) if len(finite) else math.nan
+        if self.privacy:
+            self.privacy.check_rows(loss_fn, mix=self._first_look.rows_mix)
+            losses = self.privacy.release(losses)
+            self._rows_each = rows // examples if examples else self._rows_each
+            rows = self._rows_each * self.privacy.batch_size
+        number, evaluations = losses.shape[-1], losses.numel()
         if self.ranks:
             due = self.step_index % self.ranks.check_every == 0
             digest = crc_of(self.trainable().tensors) if due else 0
@@ -197,9 +215,9 @@ class ZerothOrder(torch.optim.Optimizer):
             found = self.ranks.gather(losses, queries, self.step_index, digest, rows, central=central)
             sums, number, loss, rows, evaluations = astuple(found)
         else:
-            finite = losses[torch.isfinite(losses)].double()
-            sums, number, evaluations = losses.double().sum(-1), plan.rows_per_probe, losses.numel()
-            loss = float(finite.mean()) if len(finite) else float("nan")
+            sums = losses.double().sum(-1)
+        if self.privacy:  # what is counted and recorded says how many examples are expected, not how many came
+            loss, evaluations = math.nan, evaluations * self.privacy.batch_size
         # Sums of losses are exact in float64, so nothing depends on how examples are spread over ranks.
         self._projected.append((projected_gradients(sums, self.eps, self.difference) / number).reshape(-1))
         self.probe_losses = sums
@@ -207,7 +225,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rows += rows
         self.evaluations += evaluations
         self._mean_losses.append(loss)
-        return loss
+        return own_loss if self.privacy else loss
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -356,6 +374,8 @@ class ZerothOrder(torch.optim.Optimizer):
         names = ("eps", "directions", "difference", "combine", "floor", "clip", "steps_per_epoch")
         queries = repr(self.queries) if is_dataclass(self.queries) else type(self.queries).__qualname__
         settings = {**{name: getattr(self, name) for name in names}, "queries": queries}
+        if self.privacy:
+            settings["privacy"] = asdict(self.privacy)
         return {**settings, "perturb": self._others.way} if self.others else settings
 
     def state_dict(self) -> dict[str, Any]:

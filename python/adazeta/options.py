@@ -27,6 +27,7 @@ from adazeta.kinds import (
 )
 from adazeta.memory import read_size
 from adazeta.option import Option
+from adazeta.options_private import PRIVATE
 from adazeta.presets import PRESETS
 
 _DEEPEST = 10  # levels of a settings file
@@ -195,7 +196,7 @@ PLAN = [
     Option("dtype", str, "number format", "float32", choices=("float32", "mixed", "bfloat16", "float16")),
     Option("memory-budget", read_size, "memory of a forward, such as 500MiB", shown="half of what is free"),
 ]
-TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING]
+TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING, *PRIVATE]
 GROUPS = {
     "model": MODEL,
     "data": [*DATA, DEV_DATA],
@@ -203,6 +204,7 @@ GROUPS = {
     "adapter": ADAPTER,
     "zeroth-order method": METHOD,
     "training": TRAINING,
+    "private training": PRIVATE,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -140,8 +141,46 @@ def _pack(model, gemm: str, say) -> str:
     return gemm
 
 
-def zo_config(settings: Mapping[str, Any], preset: str):
-    """Return the ``ZOConfig`` of the settings."""
+def zo_config(settings: Mapping[str, Any], preset: str, examples: int | None = None):
+    """Return the ``ZOConfig`` of the settings; with the number of training ``examples`` also what makes it private."""
     from adazeta import ZOConfig
 
-    return ZOConfig(**{**section("zo", settings, preset), "run_seed": settings["seed"]})
+    keywords = {**section("zo", settings, preset), "run_seed": settings["seed"]}
+    if examples is not None and settings["dp_noise"] is not None:
+        from adazeta.privacy import Privacy
+
+        sizes = {"batch_size": settings["batch_size"], "examples": examples, "delta": settings["dp_delta"]}
+        keywords["privacy"] = Privacy(settings["dp_clip"], settings["dp_noise"], **sizes)
+    return ZOConfig(**keywords)
+
+
+def steps_of(settings: Mapping[str, Any], preset: str, examples: int) -> int:
+    """Return the steps of a run on so many training examples."""
+    keywords = section("train", settings, preset)
+    if (steps := keywords.get("max_steps", -1)) > 0:
+        return steps
+    return math.ceil(keywords.get("num_train_epochs", 3) * examples / (settings["batch_size"] * settings["accumulate"]))
+
+
+def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say) -> dict[str, Any]:
+    """Return the settings with the noise that ``dp_epsilon`` asks for; a resumed run finds it there.
+
+    Raises:
+        UserError: settings out of their range, or no accountant library.
+    """
+    if settings["dp_epsilon"] is None and settings["dp_noise"] is None:
+        return dict(settings)
+    from adazeta.privacy import Privacy
+
+    steps = steps_of(settings, preset, examples)
+    try:
+        if settings["dp_noise"] is None:
+            sizes = {"batch_size": settings["batch_size"], "examples": examples, "delta": settings["dp_delta"]}
+            privacy = Privacy.for_epsilon(settings["dp_epsilon"], steps=steps, clip=settings["dp_clip"], **sizes)
+            settings = {**settings, "dp_noise": privacy.noise_multiplier, "dp_epsilon": None}
+        privacy = zo_config(settings, preset, examples).privacy
+    except ValueError as error:
+        raise UserError(f"private training: {error}") from error
+    spent = f"epsilon {privacy.epsilon(steps):.3g} at delta {privacy.delta:g} after {steps:,} steps"
+    say(f"private: noise {privacy.noise_multiplier:g} x clip {privacy.clip:g}, so {spent}")
+    return dict(settings)

@@ -129,6 +129,11 @@ def training_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         met = prefix["hits"] + prefix["misses"]
         kept = f"known for {prefix['hits']:,} of {met:,} examples, {mib(prefix['bytes'])} kept"
         lines.append(("blocks below the adapters", kept))
+    if privacy := summary.get("privacy"):
+        spent = (
+            f"epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:g}, for the {privacy['examples']:,} examples"
+        )
+        lines.append(("privacy", spent))
     if training["dropped"]:
         lines.append(("dropped queries", f"{training['dropped']:,} (their losses were not finite)"))
     if memory := summary.get("memory"):

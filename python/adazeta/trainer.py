@@ -29,6 +29,7 @@ from .memory import MIB, peak_bytes
 from .model_card import NAME as CARD_NAME
 from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
+from .privacy import PoissonBatches, check_batches
 
 
 class ZOTrainer(Trainer):
@@ -141,10 +142,25 @@ class ZOTrainer(Trainer):
         self.add_callback(EpochOfSampler(sampler))
         return sampler
 
+    def get_train_dataloader(self):
+        privacy = self.zo.privacy
+        if privacy is None:
+            return super().get_train_dataloader()
+        check_batches(privacy, self.args, self.train_dataset)
+        collate = self.data_collator
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=PoissonBatches(privacy),
+            collate_fn=lambda rows: collate(rows) if rows else {},
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(loader)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if model.training:
             model.eval()  # dropout would differ between the two probes of a query
-        inputs = self._prepare_inputs(inputs)
+        if inputs:  # what is drawn for a private step may be nothing
+            inputs = self._prepare_inputs(inputs)
         optimizer = self.zeroth_order
         self._from_journal = optimizer.pending > 0
         with self.compute_loss_context_manager():
@@ -155,6 +171,8 @@ class ZOTrainer(Trainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
+        if optimizer.privacy:  # what is logged may leave the machine
+            loss = math.nan
         return torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
@@ -234,6 +252,8 @@ class ZOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.optimizer is not None:
             logs.update(self._numbers())
+        if self.zo.privacy is not None:  # the Trainer takes NaN for 0
+            logs.update({name: math.nan for name in ("loss", "train_loss") if name in logs})
         super().log(logs, start_time)
 
     def _numbers(self) -> dict[str, float]:
@@ -256,7 +276,7 @@ class ZOTrainer(Trainer):
         losses = None if self._from_journal else optimizer.probe_losses
         if losses is not None and math.isfinite(ratio := signal_to_noise(losses)):
             numbers["zo/snr"] = ratio
-        if optimizer.prefix is not None and optimizer.prefix.cache is not None:
+        if optimizer.prefix is not None and optimizer.prefix.cache is not None and not optimizer.privacy:
             numbers |= {f"prefix_{name}": count for name, count in optimizer.prefix.counts().items()}
         return numbers
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from adazeta.errors import UserError
 from adazeta.files import disk_errors
 from adazeta.memory import Peak, resident_bytes
 from adazeta.options import section
-from adazeta.prepare import load_data, make_deterministic, new_classifier, settle, zo_config
+from adazeta.prepare import load_data, make_deterministic, new_classifier, settle, settle_privacy, steps_of, zo_config
 from adazeta.report import adapter_size, digests, machine
 from adazeta.runs import (
     CARD,
@@ -50,6 +49,7 @@ class Outcome:
     prefix: dict[str, int]
     seconds: float
     dropped: int
+    privacy: dict[str, Any]
     peak_bytes: int
     dev: dict[str, float]
 
@@ -62,10 +62,7 @@ def training_arguments(
     from transformers import TrainingArguments
 
     keywords = section("train", settings, preset)
-    steps = keywords.get("max_steps", -1)
-    if steps < 1:
-        batch = settings["batch_size"] * settings["accumulate"]
-        steps = math.ceil(keywords.get("num_train_epochs", 3) * examples / batch)
+    steps = steps_of(settings, preset, examples)
     tenth = max(1, steps // 10)
     keywords["train_sampling_strategy"] = "group_by_length" if settings["group_by_length"] else "random"
     keywords.update(
@@ -123,6 +120,7 @@ def fit(
     dev = []
     if splits["dev"]:
         dev = classifier.encode(splits["dev"]).by_length()
+    zo = zo_config(settings, preset, len(prompts))
     checkpoint = resume_from(folder, say) if resume and (folder / JOURNAL).is_file() else None
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
@@ -130,7 +128,7 @@ def fit(
         trainer = ZOTrainer(
             model=classifier.model,
             args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint),
-            zo=zo_config(settings, preset),
+            zo=zo,
             loss=classifier.loss(),
             train_dataset=prompts,
             eval_dataset=dev or None,
@@ -139,7 +137,10 @@ def fit(
             callbacks=[Card(), metrics, Bar(), limits],
             journal="resume" if resume else True,
             identity={
-                "data_sha256": json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
+                # Of private data not even a digest goes into a file: it would tell who is among them.
+                "data_sha256": None
+                if zo.privacy
+                else json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
                 # The digest sorts keys, and the order of the classes is part of the task.
                 "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
             },
@@ -169,9 +170,10 @@ def fit(
         losses=trainer.zeroth_order.evaluations,
         tokens=trainer.zeroth_order.tokens.processed,
         real_tokens=trainer.zeroth_order.tokens.real,
-        prefix=prefix.counts() if prefix else {},
+        prefix=prefix.counts() if prefix and not zo.privacy else {},
         seconds=metrics.seconds,
         dropped=trainer.zeroth_order.dropped,
+        privacy={**asdict(zo.privacy), "epsilon": zo.privacy.epsilon(trainer.state.global_step)} if zo.privacy else {},
         peak_bytes=peak.bytes,
         dev=metrics.dev,
     )
@@ -208,6 +210,7 @@ def train(
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
     splits, settings = load_data(settle(settings, say), say)
+    settings = settle_privacy(settings, preset, len(splits["train"]), say)
     if test and not splits["test"]:
         raise UserError(
             f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "
@@ -273,6 +276,7 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
             "rows_per_s": outcome.rows / outcome.seconds if outcome.seconds else 0.0,
             "dropped": outcome.dropped,
         },
+        "privacy": outcome.privacy,
         "memory": memory,
         "prefix": outcome.prefix,
         "adapter": adapter_size(partial),
