@@ -34,11 +34,13 @@ from pathlib import Path
 import torch
 
 import adazeta_kernels
+from adazeta.tasks.templates import entries
 from adazeta_kernels import _native
 
 where, cuda, root = sys.argv[1:]
 module = Path(_native.__file__).resolve()
 assert Path(root) not in module.parents, f"imported from the source tree: {module}"
+assert "sst2" in entries(), "templates.yaml was left out"
 backends = adazeta_kernels.backends()
 assert backends["native"] is None, backends
 assert backends["reference"] is None, backends

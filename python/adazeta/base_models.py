@@ -86,8 +86,8 @@ def told_in_one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
-def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda line: None):
-    """Load base model and tokenizer from a folder, frozen and in evaluation mode; a GPU is used where there is one.
+def load_base(name: str, *, task=None, dtype: str = "float32", device: str = "auto", say: Say = lambda line: None):
+    """Load base model and tokenizer from a folder, frozen and in evaluation mode; ``auto`` is a GPU where there is one.
 
     ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16. With a
     :class:`adazeta.tasks.HeadTask` the model gets a classification head, whose parameters alone require gradients; a
@@ -107,10 +107,11 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
         AutoTokenizer,
     )
 
+    from adazeta.devices import chosen_device
     from adazeta.frozen import mix
     from adazeta.heads import MeanPooled, head_modules
 
-    folder = model_folder(name, say)
+    folder, place = model_folder(name, say), chosen_device(device)
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
@@ -145,4 +146,4 @@ def load_base(name: str, *, task=None, dtype: str = "float32", say: Say = lambda
             model.get_submodule(module).requires_grad_(True)
     if dtype == "mixed":
         mix(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(place), tokenizer

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from adazeta import __version__
+from adazeta import __version__, commands
 from adazeta.commands import (
     FAILED,
     INTERRUPTED,
@@ -23,22 +23,29 @@ from adazeta.commands import (
     plot,
     predict,
     replay,
+    templates,
     train,
 )
 from adazeta.errors import UserError
 
-COMMANDS = [train, eval, predict, export, info, compare, plot, replay, journal, fetch]
+COMMANDS = [train, eval, predict, templates, export, info, compare, plot, replay, journal, fetch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status: 0, 1 (numbers that differ), 2 (an error), 130 (Ctrl-C)."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    # argparse takes `predict RUN --json TEXT` for a command without texts, for they may be left out.
+    if more and not (hasattr(arguments, "text") and all(text == "-" or not text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.text += more
     if arguments.run is None:
         parser.print_help()
         return FAILED
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing is looked up by name
+    if not arguments.may_go_online:
+        commands.stay_offline()
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
@@ -60,10 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="adazeta", description="Fine-tune language models by forward passes alone.")
     parser.add_argument("--version", action="version", version=f"adazeta {__version__}")
-    parser.set_defaults(run=None, debug=False)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser.set_defaults(run=None, debug=False, may_go_online=False)
+    known = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in COMMANDS:
-        module.add(commands)
+        module.add(known)
     return parser
 
 

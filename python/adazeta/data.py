@@ -1,4 +1,4 @@
-"""Read labelled texts (CSV, TSV, JSON lines, the movie sentences), split them, and batch them.
+"""Split labelled texts, draw a few of each class, and batch them.
 
 Splits are fixed by a seed and a rule that needs no random generator: examples are sorted by
 ``sha256(f"{seed}\\t{text}")``; the first go to test, the next to dev, the rest to train. A sentence keeps its split
@@ -8,125 +8,19 @@ are answers, are part of an example's text here.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adazeta.errors import UserError
+from adazeta.examples import Example, Fields, read_examples
 
 SPLITS = ("train", "dev", "test")
 SPLIT_SEED = 0
 MOVIE_TEST, MOVIE_DEV = 1000, 500
 MOVIE_MIN_RATING = 0.5
 MOVIE_LABELS = ("negative", "positive")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text and its label, both as read; ``choices`` are the candidates of multiple choice."""
-
-    text: str
-    label: str
-    choices: tuple[str, ...] = ()
-
-
-def read_examples(
-    path: str | Path,
-    *,
-    text_column: str = "text",
-    label_column: str = "label",
-    labels: Sequence[str] | None = None,
-    choices_column: str | None = None,
-    answers: bool = False,
-) -> list[Example]:
-    """Read labelled texts from a file with named columns.
-
-    Args:
-        path: ``.csv`` or ``.tsv`` with a header line, or ``.jsonl`` with one object a line; UTF-8.
-        text_column: name of the column (key) that holds the text.
-        label_column: name of the column (key) that holds the label.
-        labels: the labels that may occur; any other is an error. All are accepted by default.
-        choices_column: name of the column (key) that holds an example's candidates: a list, or text with ``|`` between
-            them. None leaves them out.
-        answers: labels are answers to be said, and may be empty.
-
-    Raises:
-        UserError: no such file, unreadable, empty, a missing column, an empty text or label, or an unknown label.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such data file: {path}; give a .csv, .tsv or .jsonl file, or 'movies'")
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: unknown kind of data file {path.suffix!r}; give a .csv, .tsv or .jsonl file")
-    examples = []
-    try:
-        for where, row in readers[path.suffix.lower()](path):
-            for column in filter(None, (text_column, label_column, choices_column)):
-                if column not in row:
-                    known = ", ".join(str(name) for name in row if name is not None)
-                    raise UserError(
-                        f"{where}: no column {column!r}, found {known or 'none'}: name the columns with --text-column, "
-                        "--label-column and, for multiple choice, --choices-column"
-                    )
-            choices = _choices(row[choices_column], where) if choices_column else ()
-            example = _example(row[text_column], row[label_column], labels, where, choices)
-            if not example.label and not answers:
-                raise UserError(f"{where}: the label is empty: fill it in or remove the row")
-            examples.append(example)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if not examples:
-        raise UserError(f"{path} holds no examples: give at least one row below the header")
-    return examples
-
-
-def _choices(value, where: str) -> tuple[str, ...]:
-    choices = value if isinstance(value, list) else str(value).split("|")
-    choices = tuple(str(choice).strip() for choice in choices)
-    if not all(choices) or len(set(choices)) < len(choices):
-        raise UserError(f"{where}: candidates must be different and not empty, got {list(choices)}")
-    return choices
-
-
-def _example(text, label, labels: Sequence[str] | None, where: str, choices: tuple[str, ...]) -> Example:
-    text = "" if text is None else str(text).strip()
-    label = "" if label is None else str(label).strip()
-    if not text:
-        raise UserError(f"{where}: the text is empty: fill it in or remove the row")
-    if labels is not None and label not in labels:
-        known = ", ".join(repr(name) for name in labels)
-        raise UserError(
-            f"{where}: label {label!r} is not one of {known}: correct the row, or set --label-words or --labels"
-        )
-    return Example(text, label, choices)
-
-
-def _csv_rows(path: Path) -> Iterable[tuple[str, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", {name: row[name] for name in row if row[name] is not None}
-
-
-def _json_rows(path: Path) -> Iterable[tuple[str, dict]]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error}): put one object on each line") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{where}: expected an object such as {{"text": ..., "label": ...}}')
-            yield where, row
 
 
 def read_movies(path: str | Path) -> list[Example]:
@@ -153,6 +47,11 @@ def _key(example: Example, answers: bool) -> tuple[str, ...]:
     return (" ".join(text.casefold().split()), *others)
 
 
+def _place(example: Example, seed: int, answers: bool) -> bytes:
+    """Return what examples are sorted by."""
+    return hashlib.sha256("\t".join((str(seed), *_parts(example, answers))).encode()).digest()
+
+
 def split_examples(
     examples: Sequence[Example], *, test: int = 0, dev: int = 0, seed: int = SPLIT_SEED, answers: bool = False
 ) -> dict[str, list[Example]]:
@@ -177,66 +76,108 @@ def split_examples(
     if len(unique) <= test + dev:
         raise UserError(f"{len(unique)} different texts are too few for {test} test, {dev} dev and some train examples")
 
-    def place(example: Example) -> bytes:
-        return hashlib.sha256("\t".join((str(seed), *_parts(example, answers))).encode()).digest()
-
-    ordered = sorted(unique.values(), key=place)
+    ordered = sorted(unique.values(), key=lambda example: _place(example, seed, answers))
     return {"train": ordered[test + dev :], "dev": ordered[test : test + dev], "test": ordered[:test]}
 
 
 def load_splits(
     source: str,
+    fields: Fields | None = None,
     *,
+    labels: Sequence[str] | None = None,
+    same_classes: bool = False,
+    split: str | None = None,
     dev_source: str | None = None,
-    labels: Sequence[str] | None,
-    text_column: str = "text",
-    label_column: str = "label",
-    choices_column: str | None = None,
-    answers: bool = False,
+    dev_split: str | None = None,
+    shots: int | None = None,
+    shots_seed: int = SPLIT_SEED,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Example]]:
     """Load the splits of a data source by name.
 
     Args:
-        source: ``"movies"`` (test 1,000, dev 500, train 8,570 sentences) or a file for :func:`read_examples`.
-        dev_source: a file of dev examples; without it a tenth of ``source``, at most 500, is held out.
+        source: ``"movies"`` (test 1,000, dev 500, train 8,570 sentences) or a source for :func:`read_examples`.
+        fields: where the examples are in a row.
         labels: labels that may occur; None takes all.
-        choices_column, answers: as for :func:`read_examples`.
-        say: told what is being fetched, and how many rows of a file are left out.
-    """
-    if source == "movies":
-        from adazeta.assets import movie_file
+        same_classes: labels of ``dev_source`` must occur in ``source``.
+        split, dev_split: parts of ``source`` and ``dev_source``, where they have several.
+        dev_source: dev examples; without it a tenth of ``source``, at most 500, is held out.
+        shots: train on so many examples of each class, and hold out as many for dev, as :func:`take_shots` draws them.
+        say: told what is being fetched, and how many rows are left out.
 
-        if choices_column:
-            raise UserError("the movie sentences have no candidates to choose from: name a file with --data")
-        unknown = sorted(set(MOVIE_LABELS) - set(labels)) if labels is not None else []
-        if unknown:
-            raise UserError(
-                f"the movie sentences are labelled {' and '.join(MOVIE_LABELS)}, and {unknown[0]!r} has no label word: "
-                "set --label-words negative=...,positive=..."
-            )
-        return split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
-    columns = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "labels": labels,
-        "choices_column": choices_column,
-        "answers": answers,
-    }
-    examples = read_examples(source, **columns)
-    splits = split_examples(examples, dev=0 if dev_source else min(500, len(examples) // 10), answers=answers)
-    if repeated := len(examples) - sum(map(len, splits.values())):
-        say(f"{source}: {repeated:,} of {len(examples):,} rows left out, they repeat earlier ones")
-    if not dev_source:
-        return splits
-    dev = read_examples(dev_source, **columns)
-    held_out = {_key(example, answers) for example in dev}
-    train = [example for example in splits["train"] if _key(example, answers) not in held_out]
-    if not train:
-        raise UserError(f"every text of {source} is in {dev_source} too: give different files for training and dev")
-    if shared := len(splits["train"]) - len(train):
-        say(f"{source}: {shared:,} rows left out, they are in {dev_source} too")
-    return {"train": train, "dev": dev, "test": []}
+    Raises:
+        UserError: data that cannot be read, or too little of it.
+    """
+    fields = fields or Fields()
+    if source == "movies":
+        splits = _movies(fields, labels, say)
+    else:
+        examples = read_examples(source, fields, labels=labels, split=split, say=say)
+        held_out = 0 if dev_source or shots else min(500, len(examples) // 10)
+        splits = split_examples(examples, dev=held_out, answers=fields.answers)
+        if repeated := len(examples) - sum(map(len, splits.values())):
+            say(f"{source}: {repeated:,} of {len(examples):,} rows left out, they repeat earlier ones")
+    if dev_source:
+        known = sorted({e.label for e in splits["train"]}) if same_classes else labels
+        dev = read_examples(dev_source, fields, labels=known, split=dev_split, say=say)
+        keys = {_key(example, fields.answers) for example in dev}
+        train = [example for example in splits["train"] if _key(example, fields.answers) not in keys]
+        if not train:
+            raise UserError(f"every text of {source} is in {dev_source} too: give different files for training and dev")
+        if shared := len(splits["train"]) - len(train):
+            say(f"{source}: {shared:,} rows left out, they are in {dev_source} too")
+        splits = {"train": train, "dev": dev, "test": splits["test"]}
+    if shots:
+        drawn = take_shots(splits["train"], shots, parts=1 if dev_source else 2, fields=fields, seed=shots_seed)
+        splits = {**splits, **dict(zip(("train", "dev"), drawn))}
+    return splits
+
+
+def take_shots(
+    examples: Sequence[Example], shots: int, *, parts: int = 2, fields: Fields | None = None, seed: int = SPLIT_SEED
+) -> list[list[Example]]:
+    """Draw ``shots`` examples of each class for each of ``parts`` lists that share none.
+
+    Of answers and choices, which have no classes, it draws as many in all. The first in the order of
+    ``sha256(f"{seed}\\t{text}")`` are taken, so the same seed draws the same examples everywhere.
+
+    Raises:
+        UserError: fewer examples of a class than that.
+
+    Source: Gao et al. (2021), *Making Pre-trained Language Models Better Few-shot Learners*, section 3: as many
+    examples of each class for development as for training, drawn by a seed.
+    """
+    fields = fields or Fields()
+    classes = not (fields.answers or fields.choices)
+    drawn: list[list[Example]] = [[] for _ in range(parts)]
+    taken: Counter[str] = Counter()
+    for example in sorted(examples, key=lambda example: _place(example, seed, fields.answers)):
+        group = example.label if classes else ""
+        if taken[group] < parts * shots:
+            drawn[taken[group] // shots].append(example)
+            taken[group] += 1
+    for group, count in taken.items():
+        if count < parts * shots:
+            what = f"examples labelled {group!r}" if classes else "examples"
+            whom = f" ({shots} to train, {shots} for dev)" if parts > 1 else ""
+            raise UserError(f"--shots {shots} takes {parts * shots} {what}{whom}, but there are {count}")
+    return drawn
+
+
+def _movies(fields: Fields, labels: Sequence[str] | None, say: Callable[[str], None]) -> dict[str, list[Example]]:
+    from adazeta.assets import movie_file
+
+    if fields.choices:
+        raise UserError("the movie sentences have no candidates to choose from: name a file with --data")
+    if len(fields.texts) > 1:
+        raise UserError(f"the movie sentences have one column, not {', '.join(fields.texts)}: name a file with --data")
+    unknown = sorted(set(MOVIE_LABELS) - set(labels)) if labels is not None else []
+    if unknown:
+        raise UserError(
+            f"the movie sentences are labelled {' and '.join(MOVIE_LABELS)}, and {unknown[0]!r} has no label word: "
+            "set --label-words negative=...,positive=..."
+        )
+    return split_examples(read_movies(movie_file(say)), test=MOVIE_TEST, dev=MOVIE_DEV)
 
 
 def row_tokens(row: dict) -> int:

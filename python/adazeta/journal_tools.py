@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .devices import chosen_device
 from .digests import base_sha256, json_sha256, sha256_of
 from .errors import JournalError, UserError
 from .files import replacing
@@ -58,8 +59,7 @@ def replay_run(
         at = int(number) if number.isdigit() else None
     if compared.is_dir():
         compared = compared / ADAPTER
-    if torch.device(_device(device)).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch finds no GPU here")
+    chosen_device(device)
     try:
         run = replay(path, at, device=device, backend=backend)
     except (ValueError, RuntimeError) as error:
@@ -91,13 +91,6 @@ def replay_run(
     if different:
         return f"{done}: {len(different)} of {len(saved)} tensors differ from {what} ({different[0]})", False
     return f"{done}: equal to {what}, bit for bit", True
-
-
-def _device(name: str) -> str:
-    try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: torch knows no such device") from error
 
 
 def adapter_from_journal(model, journal: str | Path):

@@ -34,6 +34,16 @@ def escaped(value: str) -> str:
     return str(value).replace("\\n", "\n").replace("\\t", "\t")
 
 
+def mapping(value) -> dict[str, str]:
+    """Read ``name=value,name=value`` (or a mapping)."""
+    if not isinstance(value, Mapping):
+        parts = [part.partition("=") for part in str(value).split(",")]
+        if not all(separator for _, separator, _ in parts):
+            raise ValueError(f"expected name=value,name=value, got {value!r}")
+        value = {name: word for name, _, word in parts}
+    return {str(name).strip(): str(word).strip() for name, word in value.items()}
+
+
 def label_words(value) -> dict[str, str]:
     """Read ``label=word,label=word`` (or a mapping); a word without a leading space gets one."""
     if not isinstance(value, Mapping):

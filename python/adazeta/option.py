@@ -80,4 +80,6 @@ def _show(value) -> str:
         return f"adaptive:{value.alpha},{value.beta},{value.maximum}{'' if value.by == 'epoch' else ',step'}"
     if isinstance(value, Mapping):
         return ",".join(f"{key}={word.strip()}" for key, word in value.items())
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)

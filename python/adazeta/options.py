@@ -1,6 +1,7 @@
 """The settings of a run: one table for flags, YAML keys, units, defaults and where each value goes.
 
-A value is taken from the flag, else from the YAML file, else from the preset, else from the table.
+A value is taken from the flag, else from the YAML file, else from the dataset template that one of them names, else
+from the preset, else from the table.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adazeta.data_options import DATA, SPLITTING, TASK
 from adazeta.errors import UserError
 from adazeta.kinds import (
     boolean,
     cache_setting,
     directions,
-    escaped,
-    label_words,
     layers,
-    listed,
     names,
     natural,
     positive,
@@ -30,6 +29,7 @@ from adazeta.option import Option
 from adazeta.options_private import PRIVATE
 from adazeta.presets import PRESETS
 
+DEVICES = ("auto", "cpu", "cuda")
 _DEEPEST = 10  # levels of a settings file
 
 
@@ -62,39 +62,8 @@ MODEL = [
         "auto",
         choices=("auto", "plain", "packed"),
     ),
+    Option("device", str, "where to compute: cpu, cuda, or auto: a GPU where there is one", "auto", choices=DEVICES),
     Option("threads", positive, "CPU threads", shown="all cores"),
-]
-DATA = [
-    Option("data", str, "'movies', or a .csv, .tsv or .jsonl file of labelled texts", "movies"),
-    Option("text-column", str, "column (key) that holds the text", "text"),
-    Option("label-column", str, "column (key) that holds the label", "label"),
-    Option("choices-column", str, "column (key) with the candidates of a choice: a list, or a|b|c", "choices"),
-]
-TASK = [
-    Option(
-        "task",
-        str,
-        "what is learned: label-words, head (classes by a head that trains too), choice (between candidates of each "
-        "example) or completion (the label is the answer); auto: label-words where the model has a language-model head",
-        "auto",
-        choices=("auto", "label-words", "head", "choice", "completion"),
-    ),
-    Option(
-        "template",
-        escaped,
-        r"prompt, with {text} once, and {mask} where a masked model fills the word in; \n is a newline",
-        shown=r"'Review: {text}\nSentiment:' for label words of causal models, with {mask} of others; else '{text}'",
-    ),
-    Option(
-        "label-words",
-        label_words,
-        "class labels and the words the model answers with, label=word,label=word; a space goes before each word",
-        {"negative": " negative", "positive": " positive"},
-    ),
-    Option("labels", listed, "class labels of a head, separated by commas", shown="those in the data, sorted"),
-    Option("pooling", str, "head: own (the model's) or mean (of the hidden states)", "own", choices=("own", "mean")),
-    Option("normalize", boolean, "choice: divide a candidate's log likelihood by its number of tokens", True),
-    Option("max-tokens", positive, "longest prompt, in tokens; longer texts lose their end", 256),
 ]
 ADAPTER = [
     Option("rank", int, "TT rank of every bond", goes_to="tt.rank", default=5),
@@ -183,7 +152,6 @@ TRAINING = [
     ),
     Option("deterministic", boolean, "nothing depends on the clock or on the order of threads", False),
 ]
-DEV_DATA = Option("dev-data", str, "file of dev examples", shown="a tenth of the data, at most 500")
 EVALUATION = [
     Option("limit", positive, "first N examples of the split", shown="all"),
     Option("batch-size", positive, "examples a forward", 32),
@@ -196,10 +164,10 @@ PLAN = [
     Option("dtype", str, "number format", "float32", choices=("float32", "mixed", "bfloat16", "float16")),
     Option("memory-budget", read_size, "memory of a forward, such as 500MiB", shown="half of what is free"),
 ]
-TRAIN = [*MODEL, *DATA, DEV_DATA, *TASK, *ADAPTER, *METHOD, *TRAINING, *PRIVATE]
+TRAIN = [*MODEL, *DATA, *SPLITTING, *TASK, *ADAPTER, *METHOD, *TRAINING, *PRIVATE]
 GROUPS = {
     "model": MODEL,
-    "data": [*DATA, DEV_DATA],
+    "data": [*DATA, *SPLITTING],
     "task": TASK,
     "adapter": ADAPTER,
     "zeroth-order method": METHOD,
@@ -276,18 +244,31 @@ def resolve(
     from_file: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the value of every option: flag, else file, else ``stored`` (a run that is resumed), else preset."""
+    """Return the value of every option: flag, file, ``stored`` (a run that is resumed), dataset template, or preset."""
+    template = template_settings(flags, from_file)
     values = {}
     for option in options:
         if option.key in flags:
             values[option.key] = option.read(flags[option.key], f"--{option.name}")
         elif from_file and from_file.get(option.key) is not None:  # `key:` alone gives nothing
             values[option.key] = from_file[option.key]
+        elif template and option.name in template:
+            values[option.key] = option.read(template[option.name], f"dataset template, {option.name}")
         elif stored and option.key in stored:
             values[option.key] = option.read(stored[option.key], f"stored setting {option.name}")
         else:
             values[option.key] = option.preset_value(preset)
     return values
+
+
+def template_settings(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of the dataset template that the first of the sources to name one names."""
+    name = next((source["dataset_template"] for source in sources if source and source.get("dataset_template")), None)
+    if name is None:
+        return {}
+    from adazeta.tasks.templates import entry
+
+    return entry(name)
 
 
 def section(name: str, values: Mapping[str, Any], preset: str) -> dict[str, Any]:

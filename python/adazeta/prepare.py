@@ -8,22 +8,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from adazeta.base_models import architecture, load_base, model_folder
-from adazeta.data import Example
 from adazeta.errors import UserError
+from adazeta.examples import Example, fields_of
 from adazeta.options import section
 from adazeta.runs import Classifier, card_of
-from adazeta.tasks import ChoiceTask, CompletionTask, HeadTask, LabelWordTask, Task, choose
+from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
+
+_ANY = ("0", "1")  # labels of a head before those of the data are known
 
 
 def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]:
     """Return the settings with ``task`` and ``positions`` as the base model allows.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or no such device.
     """
+    from adazeta.devices import chosen_device
+
+    chosen_device(settings["device"])
     kind = architecture(model_folder(settings["model"], say))
     settings = dict(settings)
-    task = choose({**settings, "labels": settings["labels"] or "01"}, kind)  # those of the data are not known yet
+    task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
     if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
         say(f"adapters act on all positions: task {settings['task']} of a {kind} model does not score the last alone")
@@ -39,30 +44,41 @@ def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[
     """
     from adazeta.data import load_splits
 
-    task = settings["task"]
-    labels = list(settings["label_words"]) if task == LabelWordTask.kind else None
+    settings = dict(settings)
+    head = settings["task"] == HeadTask.kind
+    if head and settings["labels"] is None:
+        settings["labels"] = settings["label_names"]
+    task = task_of({**settings, "labels": settings["labels"] or _ANY}, say)
+    learned = head and settings["labels"] is None
     splits = load_splits(
         settings["data"],
+        fields_of(settings, task),
+        labels=None if learned else task.labels,
+        same_classes=learned,
+        split=settings["split"],
         dev_source=settings["dev_data"],
-        labels=settings["labels"] if task == HeadTask.kind else labels,
-        text_column=settings["text_column"],
-        label_column=settings["label_column"],
-        choices_column=settings["choices_column"] if task == ChoiceTask.kind else None,
-        answers=task == CompletionTask.kind,
+        dev_split=settings["dev_split"],
+        shots=settings["shots"],
+        shots_seed=settings["shots_seed"],
         say=say,
     )
-    examples = [example for split in splits.values() for example in split]
-    settings = dict(settings)
-    if task == HeadTask.kind and settings["labels"] is None:
-        settings["labels"] = sorted({example.label for example in examples})
-        if len(settings["labels"]) < 2:
-            raise UserError(f"a classifier needs two labels or more, {settings['data']} has only {settings['labels']}")
-    if task == HeadTask.kind:
-        counts = Counter(example.label for example in examples)
-        if rare := [label for label in settings["labels"] if counts[label] == 1]:
-            say(f"note: one example only of {', '.join(map(repr, rare))}: is that a class?")
-    if task == ChoiceTask.kind:
-        settings["candidates"] = max(len(example.choices) for example in examples)
+    if task.kind == ChoiceTask.kind:
+        settings["candidates"] = max(len(e.choices) for split in splits.values() for e in split)
+    if task.labels is None:
+        return splits, settings
+    counts = Counter(example.label for example in splits["train"])
+    if len(counts) < 2:
+        raise UserError(
+            f"a classifier needs examples of two labels or more, {settings['data']} has only {list(counts)} to train on"
+        )
+    if learned:
+        settings["labels"] = sorted({example.label for split in splits.values() for example in split})
+        counts.update(example.label for example in splits["dev"])
+    labels = settings["labels"] if head else task.labels
+    if missing := [label for label in labels if not counts[label]]:
+        say(f"note: no example of {', '.join(map(repr, missing))}")
+    if rare := [label for label in labels if counts[label] == 1 and settings["shots"] != 1]:
+        say(f"note: one example only of {', '.join(map(repr, rare))}: is that a class?")
     return splits, settings
 
 
@@ -104,7 +120,9 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
     from adazeta.heads import head_modules
 
     task = task_of(settings, say)
-    base, tokenizer = load_base(settings["model"], task=task, dtype=settings["dtype"], say=say)
+    base, tokenizer = load_base(
+        settings["model"], task=task, dtype=settings["dtype"], device=settings["device"], say=say
+    )
     keywords = section("tt", settings, preset)
     if settings["init_seed"] is None:
         keywords["init_seed"] = settings["seed"]

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ class Classifier:
         task: Task | None = None,
         dtype: str | None = None,
         journal: str | None = None,
+        device: str = "auto",
         say: Say = lambda line: None,
     ) -> Classifier:
         """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment).
@@ -165,7 +166,9 @@ class Classifier:
         card = card_for(name, journal)
         base = card["base_model"]
         task = task or own_task(card, journal or name) or default_task(base, say)
-        model, tokenizer = load_base(base, task=task, dtype=dtype or card.get("dtype") or "float32", say=say)
+        model, tokenizer = load_base(
+            base, task=task, dtype=dtype or card.get("dtype") or "float32", device=device, say=say
+        )
         if journal is not None:
             from adazeta.journal_tools import adapter_from_journal
 
@@ -187,22 +190,27 @@ class Classifier:
         except ValueError as error:
             raise UserError(f"task {self.task.kind}: {error}") from error
 
-    def encode(self, examples: Sequence):
-        """Return the examples as rows of tokens, encoded once."""
-        return self.task.encode(self.tokenizer, examples, seq2seq=self.model.config.is_encoder_decoder)
+    def encode(self, examples: Sequence, say: Say = lambda line: None):
+        """Return the examples as rows of tokens, encoded once; ``say`` is told of texts that lose their end."""
+        return self.task.encode(self.tokenizer, examples, seq2seq=self.model.config.is_encoder_decoder, say=say)
 
-    def evaluate(self, examples: Sequence, *, batch_size: int = 32, progress=None) -> dict:
+    def evaluate(
+        self, examples: Sequence, *, batch_size: int = 32, progress=None, say: Say = lambda line: None
+    ) -> dict:
         """Return accuracy, mean loss, predictions and probabilities on labelled examples."""
         from adazeta.evaluate import evaluate
 
-        return evaluate(self.model, self.loss(), self.encode(examples), self.collator(), batch_size, progress)
+        return evaluate(self.model, self.loss(), self.encode(examples, say), self.collator(), batch_size, progress)
 
-    def probabilities(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[float]]:
-        """Return the probability of every class for every text."""
-        from adazeta.data import Example
+    def probabilities(
+        self, examples: Sequence, *, batch_size: int = 32, say: Say = lambda line: None
+    ) -> list[list[float]]:
+        """Return the probability of every class (or candidate) for every example, whatever its label, or text."""
+        from adazeta.examples import Example
 
-        examples = [Example(text, self.task.labels[0]) for text in texts]
-        return self.evaluate(examples, batch_size=batch_size)["probabilities"]
+        examples = [Example(e, "") if isinstance(e, str) else e for e in examples]
+        some = [replace(e, label=e.choices[0] if self.task.labels is None else self.task.labels[0]) for e in examples]
+        return self.evaluate(some, batch_size=batch_size, say=say)["probabilities"]
 
 
 def default_task(base: str, say: Say = lambda line: None) -> Task:

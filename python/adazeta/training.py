@@ -67,6 +67,7 @@ def training_arguments(
     keywords["train_sampling_strategy"] = "group_by_length" if settings["group_by_length"] else "random"
     keywords.update(
         output_dir=str(folder),
+        use_cpu=settings["device"] == "cpu",
         seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
         per_device_eval_batch_size=settings["eval_batch_size"],
         eval_strategy="steps" if dev else "no",
@@ -116,7 +117,7 @@ def fit(
         def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
             write_json(folder / CARD, classifier.card)
 
-    prompts = classifier.encode(splits["train"])
+    prompts = classifier.encode(splits["train"], say)
     dev = []
     if splits["dev"]:
         dev = classifier.encode(splits["dev"]).by_length()

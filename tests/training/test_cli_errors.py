@@ -73,7 +73,7 @@ def test_bad_settings(world, capsys, tmp_path):
         (("--steps", 0), "--steps: expected an integer of at least 1, got '0'"),
         (("--queries", "adaptive:1,2"), "--queries: expected adaptive:alpha,beta,maximum"),
         (("--label-words", "good"), "--label-words: expected label=word,label=word"),
-        (("--template", "none"), "the template must hold {text} exactly once"),
+        (("--template", "none"), "the template must name columns of the data, such as {text}"),
         (("--eps", -1), "eps must be positive"),
         (("--act", "swish"), "act must be one of"),
         (("--sites", "nowhere"), "adapter:"),

@@ -13,6 +13,7 @@ from adazeta.data import (
     split_examples,
 )
 from adazeta.errors import UserError
+from adazeta.examples import Fields
 from adazeta.grouped import LengthGrouped
 
 
@@ -34,7 +35,7 @@ def test_csv_tsv_and_jsonl_read_the_same(tmp_path):
 def test_columns_can_be_named_and_labels_may_be_numbers(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"sentence": " a film ", "class": 1}\n')
-    found = read_examples(path, text_column="sentence", label_column="class", labels=["0", "1"])
+    found = read_examples(path, Fields({"text": "sentence"}, "class"), labels=["0", "1"])
     assert found == [Example("a film", "1")]
 
 
@@ -118,10 +119,10 @@ def test_rows_left_out_are_told(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dev.write_text("".join(json.dumps(row) + "\n" for row in choice_rows(5)))
     told = []
-    splits = load_splits(str(path), labels=None, choices_column="choices", say=told.append)
+    splits = load_splits(str(path), fields=Fields(choices=("choices",)), say=told.append)
     assert (len(splits["train"]), len(splits["dev"])) == (27, 3)
     assert told == [f"{path}: 4 of 34 rows left out, they repeat earlier ones"]
-    splits = load_splits(str(path), dev_source=str(dev), labels=None, choices_column="choices", say=told.append)
+    splits = load_splits(str(path), dev_source=str(dev), fields=Fields(choices=("choices",)), say=told.append)
     assert (len(splits["train"]), len(splits["dev"])) == (25, 5)
     assert told[2:] == [f"{path}: 5 rows left out, they are in {dev} too"]
 
@@ -135,7 +136,7 @@ def test_an_empty_label_is_a_mistake_but_for_answers(tmp_path):
     path.write_text("text,label\na,good\nb, \n")
     with pytest.raises(UserError, match="line 3: the label is empty"):
         read_examples(path)
-    assert read_examples(path, answers=True)[1] == Example("b", "")
+    assert read_examples(path, Fields(answers=True))[1] == Example("b", "")
 
 
 def test_too_few_examples():

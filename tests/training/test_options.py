@@ -82,7 +82,7 @@ def test_every_option_goes_to_a_field_that_exists():
 
 
 def test_every_flag_has_help_with_a_default(capsys):
-    for command in ("train", "eval", "predict", "info", "replay", "journal", "demo", "fetch"):
+    for command in ("train", "eval", "predict", "templates", "info", "replay", "journal", "demo", "fetch"):
         parser = next(iter(cli.build_parser()._subparsers._group_actions)).choices[command]
         for action in parser._actions:
             if action.option_strings and action.dest != "help":

@@ -78,7 +78,7 @@ def test_the_guide_trains_parameters_that_are_no_adapters(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/guide.md", "docs/experiments.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+    "name", ["README.md", "docs/guide.md", "docs/tasks.md", "docs/experiments.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 )
 def test_code_blocks_are_closed(name):
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -99,14 +99,18 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
     code, out, err = main(capsys, "eval", run, "--data", dev, "--json", "--threads", 1)
     assert code == 0, err
     assert {name: json.loads(out)[name] for name in after} == pytest.approx(after, abs=1e-5)
-    code, out, err = main(capsys, "predict", run, "a warm film", "dull", "--json", "--threads", 1)
+    asked = ["a warm film", "dull"]
     if kind == "choice":
-        assert code == 2 and "adazeta eval" in err
-        return
+        code, out, err = main(capsys, "predict", run, *asked)
+        assert code == 2 and 'give {"text": ..., "choices": ...} as JSON, or --data FILE' in err
+        asked = [json.dumps({"text": text, "choices": ["no!", "yes", "perhaps"]}) for text in asked]
+    code, out, err = main(capsys, "predict", run, *asked, "--json", "--threads", 1)
     assert code == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["text"] for line in lines] == ["a warm film", "dull"]
     assert all(("answer" if kind == "completion" else "probabilities") in line for line in lines)
+    if kind == "choice":
+        assert all(list(line["probabilities"]) == ["no!", "yes", "perhaps"] for line in lines)
     code, out, err = main(capsys, "replay", run)
     assert code == 0 and "bit for bit" in out, err
     code, out, err = main(capsys, "info", run)
@@ -129,7 +133,7 @@ def test_architectures(models, tmp_path):
     "model, source, more, message",
     [
         ("masked", "labels", ("--template", "{text} is"), "put {mask} into template"),
-        ("causal", "labels", ("--template", "{text} is {mask}"), "goes on where the prompt ends"),
+        ("causal", "labels", ("--template", "{mask} is {text}"), "goes on where the prompt ends"),
         ("masked", "labels", ("--label-words", "negative=bad,positive=good"), "words of one token"),
         ("masked", "choices", ("--task", "choice"), "causal or encoder-decoder"),
         ("masked", "answers", ("--task", "completion"), "causal or encoder-decoder"),

@@ -32,8 +32,8 @@ def with_tokens(tokenizer, *tokens, **special):
 
 
 def test_prompt_keeps_other_braces():
-    task = LabelWordTask(template="{x} {text} {0}?")
-    assert task.prompt("a {text} b") == "{x} a {text} b {0}?"
+    task = LabelWordTask(template='{"x"} {text} {0}?')
+    assert task.prompt("a {text} b") == '{"x"} a {text} b {0}?'
 
 
 def test_labels_and_words_keep_their_order():

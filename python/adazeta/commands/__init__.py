@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+
+from ..rows import HUB
 
 INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1  # exit statuses
 
@@ -24,6 +27,15 @@ def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
 def say(line: str) -> None:
     """Print a note to stderr, where progress goes."""
     print(line, file=sys.stderr, flush=True)
+
+
+def stay_offline(*sources: str | None) -> None:
+    """Let nothing be looked up on the hub, unless one of the sources of data is there: models are folders.
+
+    Libraries read this when they are imported.
+    """
+    if not any(str(source).startswith(HUB) for source in sources):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def quiet() -> None:

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from ..data_options import DATA, SPLITTING, TASK
 from ..errors import UserError
-from ..options import DATA, EVALUATION, MODEL, TASK, add_options, resolve
-from . import command, say
-from .opened import JOURNAL, NAME, opened
+from ..options import EVALUATION, MODEL, add_options, resolve
+from . import command, say, stay_offline
+from .opened import JOURNAL, NAME, data_settings, opened
 
 
 def add(commands) -> None:
     """Add the command."""
     evaluate = command(commands, "eval", _eval, "accuracy and loss of a run or of a base model")
+    evaluate.set_defaults(may_go_online=True)
     evaluate.add_argument("name", metavar="RUN_OR_MODEL", help=NAME)
-    evaluate.add_argument("--split", default="test", help="train, dev, test or all; of a file: all (default: test)")
+    evaluate.add_argument(
+        "--split",
+        help="of movies: train, dev, test or all; else the part of --data (default: test, or the run's --eval-split)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
     evaluate.add_argument("--journal", metavar="FILE", help=JOURNAL)
     add_options(evaluate, {"evaluation": EVALUATION, "model": MODEL[1:], "data": DATA, "task": TASK})
 
 
 def _eval(arguments) -> int:
-    from ..data import SPLITS, load_splits, read_examples
     from ..progress import progress_bar
 
-    values = resolve(vars(arguments), [*DATA, *EVALUATION])
-    if arguments.split not in (*SPLITS, "all"):
-        raise UserError(f"--split: expected one of {', '.join(SPLITS)} or all, got {arguments.split!r}")
+    values = resolve(vars(arguments), EVALUATION)
+    data = data_settings(arguments, [*DATA, *SPLITTING])
+    stay_offline(data["data"])
+    if "data" not in vars(arguments) and Path(data["data"]).is_file():
+        raise UserError(f"give --data with rows to measure on: the run was trained on {data['data']}")
+    if data["data"] == "movies":
+        _movie_splits(arguments.split)
     classifier = opened(arguments)
-    labels = classifier.task.labels
-    if values["data"] == "movies":
-        splits = load_splits("movies", labels=labels, say=say)
-        wanted = SPLITS if arguments.split == "all" else (arguments.split,)
-        examples = [example for name in wanted for example in splits[name]]
-        what = f"movies, {arguments.split}"
-    else:
-        columns = {"text_column": values["text_column"], "label_column": values["label_column"]}
-        columns["choices_column"] = values["choices_column"] if classifier.task.kind == "choice" else None
-        columns["answers"] = classifier.task.kind == "completion"
-        examples, what = read_examples(values["data"], labels=labels, **columns), values["data"]
+    examples, what = _examples(classifier.task, data, arguments.split)
     examples = examples[: values["limit"]]
     with progress_bar(len(examples), "eval", "rows") as bar:
-        result = classifier.evaluate(examples, batch_size=values["batch_size"], progress=bar.update)
+        result = classifier.evaluate(examples, batch_size=values["batch_size"], progress=bar.update, say=say)
     if arguments.json:
         numbers = {key: result[key] for key in ("accuracy", "loss")}
         print(json.dumps({"name": arguments.name, "data": what, "examples": len(examples), **numbers}))
     else:
         print(f"accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}  ({len(examples):,} examples of {what})")
     return 0
+
+
+def _movie_splits(name: str | None) -> tuple[str, ...]:
+    from ..data import SPLITS
+
+    if name not in (None, *SPLITS, "all"):
+        raise UserError(f"--split: expected one of {', '.join(SPLITS)} or all, got {name!r}")
+    return SPLITS if name == "all" else (name or "test",)
+
+
+def _examples(task, data: dict, split: str | None) -> tuple[list, str]:
+    """Return the examples to evaluate on, and their name."""
+    from ..data import load_splits
+    from ..examples import fields_of, read_examples
+
+    source, fields = data["data"], fields_of(data, task)
+    if source == "movies":
+        splits = load_splits("movies", fields, labels=task.labels, say=say)
+        return [example for name in _movie_splits(split) for example in splits[name]], f"movies, {split or 'test'}"
+    if Path(source).is_file() and split not in (None, "all"):
+        raise UserError(f"--split {split}: {source} is one file, which has no parts: leave --split out")
+    return read_examples(source, fields, labels=task.labels, split=split or data["eval_split"], say=say), source

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..options import MODEL, TASK, resolve
+from ..data_options import TASK
+from ..options import MODEL, resolve, template_settings
 from . import quiet, say
 
 NAME = "run folder, base model folder, or 'smollm2'"
@@ -16,18 +17,32 @@ def opened(arguments):
     from ..tasks import choose, to_dict
 
     quiet()
-    given = {option.key for option in TASK if hasattr(arguments, option.key)}
-    values = resolve(vars(arguments), [*MODEL[1:], *TASK])
+    flags = vars(arguments)
+    named = {name.replace("-", "_") for name in template_settings(flags)}
+    given = {option.key for option in TASK if option.key in flags or option.key in named}
+    values = resolve(flags, [*MODEL[1:], *TASK])
     task = None
     if given:
         card, own = card_for(arguments.name, arguments.journal), {}
         if stored := own_task(card, arguments.journal or arguments.name):
             own = {"task": stored.kind, **to_dict(stored)}
         merged = {**values, **{key: value for key, value in own.items() if key not in given}}
+        if merged.get("labels") is None:
+            merged["labels"] = template_settings(flags).get("label-names")
         task = choose(merged, architecture(model_folder(card["base_model"], say)))
     if values["threads"]:
         import torch
 
         torch.set_num_threads(values["threads"])
     dtype = None if values["dtype"] == "auto" else values["dtype"]
-    return Classifier.open(arguments.name, task=task, dtype=dtype, journal=arguments.journal, say=say)
+    return Classifier.open(
+        arguments.name, task=task, dtype=dtype, journal=arguments.journal, device=values["device"], say=say
+    )
+
+
+def data_settings(arguments, options: list) -> dict:
+    """Return the settings of the data: flags, else those of the run."""
+    from ..runs import card_for
+
+    stored = card_for(arguments.name, arguments.journal).get("settings") or {}
+    return resolve(vars(arguments), options, stored=stored)

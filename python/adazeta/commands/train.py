@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..options import ADAPTER, GROUPS, METHOD, MODEL, RUN, TRAIN, TRAINING, add_options, read_yaml, resolve
-from . import INTERRUPTED, command, quiet, say
+from . import INTERRUPTED, command, quiet, say, stay_offline
 
 DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": True}
 
@@ -14,6 +14,7 @@ DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": T
 def add(commands) -> None:
     """Add both commands."""
     train = command(commands, "train", _train, "train an adapter, by forward passes alone")
+    train.set_defaults(may_go_online=True)
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run (default: off)")
     train.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
     add_options(train, {"run": RUN, **GROUPS})
@@ -44,6 +45,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
         card = read_json(partial / CARD)
         stored, preset = card.get("settings"), card.get("preset", preset)
     settings = resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored)
+    stay_offline(settings["data"], settings["dev_data"])
 
     from ..demo import closing_table
     from ..training import Interrupted, train

@@ -15,6 +15,7 @@ from adazeta.tasks.choice import ChoiceTask
 from adazeta.tasks.classification import MASK_TEMPLATE, LabelWordTask
 from adazeta.tasks.completion import CompletionTask
 from adazeta.tasks.head import HeadTask
+from adazeta.tasks.prompts import without_last_mask
 
 __all__ = ["ChoiceTask", "CompletionTask", "HeadTask", "LabelWordTask", "Task", "choose", "from_dict", "to_dict"]
 
@@ -27,7 +28,8 @@ def choose(values: Mapping[str, Any], architecture: str) -> Task:
 
     Args:
         values: ``task`` (a kind or ``"auto"``: a head for models without a language-model head, else label words) and
-            the fields of the task; None takes the task's default.
+            the fields of the task; None takes the task's default. A ``{mask}`` that ends the template stays only where
+            the model fills a word in.
         architecture: ``causal``, ``masked``, ``seq2seq``, ``head`` or ``encoder`` (``adazeta.base_models``).
 
     Raises:
@@ -38,6 +40,9 @@ def choose(values: Mapping[str, Any], architecture: str) -> Task:
         kind = HeadTask.kind if architecture in ("head", "encoder") else LabelWordTask.kind
     if kind == LabelWordTask.kind and values.get("template") is None and architecture in ("masked", "seq2seq"):
         values = {**values, "template": MASK_TEMPLATE}
+    fills_in = kind == LabelWordTask.kind and architecture in ("masked", "seq2seq")
+    if values.get("template") is not None and not fills_in:
+        values = {**values, "template": without_last_mask(values["template"])}
     if kind == HeadTask.kind and values.get("labels") is None:
         raise UserError(f"task {kind} needs the labels of its classes: give --labels, or a run that has learned them")
     names = [field.name for field in fields(TASKS[kind])]

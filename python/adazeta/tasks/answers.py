@@ -20,7 +20,7 @@ class AnswerTask:
     """A prompt that a model goes on from.
 
     Args:
-        template: the prompt, with ``{text}`` once, up to where the answer begins.
+        template: the prompt, with the data's columns, such as ``{text}``, once each, up to where the answer begins.
         max_tokens: longest prompt in tokens, the answer not counted; a longer text loses its end.
     """
 

@@ -35,7 +35,9 @@ class ChoiceTask(AnswerTask):
 
         return CandidateLikelihood(self.candidates, self.normalize)
 
-    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+    def encode(
+        self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False, say=lambda line: None
+    ) -> Prompts:
         """Tokenise every prompt with each of its candidates, once.
 
         Raises:
@@ -43,7 +45,7 @@ class ChoiceTask(AnswerTask):
         """
         labels = [right_choice(example) for example in examples]
         most = max([self.candidates, *(len(example.choices) for example in examples)])
-        prompts = encode_prompts(tokenizer, self.template, [e.text for e in examples], self.max_tokens)
+        prompts = encode_prompts(tokenizer, self.template, [e.content for e in examples], self.max_tokens, say=say)
         inputs, targets = [], []
         for example, prompt in zip(examples, prompts):
             answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, c) for c in example.choices]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,10 +33,10 @@ class LabelWordTask:
     answers with it, behind T5's sentinel where the tokenizer has that instead of a mask token for ``{mask}``.
 
     Args:
-        template: the prompt, with ``{text}`` once and ``{mask}`` as the model needs it; other braces are left.
+        template: the prompt, with columns of the data, such as ``{text}``, once each; ``{mask}`` as the model needs it.
         label_words: ``{label in the data: word as it follows the prompt}``, at least two, in class order. Most
             tokenizers want the space before the word to be part of it.
-        max_tokens: longest prompt in tokens; a longer text loses its end, the template never does.
+        max_tokens: longest prompt in tokens; longer texts lose their end, longest first, the template never does.
     """
 
     template: str = DEFAULT_TEMPLATE
@@ -63,9 +63,9 @@ class LabelWordTask:
         """Label words as they follow the prompt, in class order."""
         return tuple(word for _, word in self.label_words)
 
-    def prompt(self, text: str, mask: str = "") -> str:
-        """Return the prompt for one text."""
-        return fill(self.template, text, mask)
+    def prompt(self, content: str | Mapping[str, str], mask: str = "") -> str:
+        """Return the prompt for one text, or for the value of each column."""
+        return fill(self.template, content, mask)
 
     def loss(self, model, tokenizer):
         """Return the fp32 loss per row for these words: one of :mod:`adazeta.losses`, by the kind of the model.
@@ -93,8 +93,10 @@ class LabelWordTask:
             )
         return label_words(model, tokenizer, list(self.words), prefix=SENTINEL if sentinel else "")
 
-    def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text's prompt, each at most ``max_tokens`` long.
+    def encode_texts(
+        self, tokenizer, texts: Sequence[str | Mapping[str, str]], say=lambda line: None
+    ) -> list[list[int]]:
+        """Return the token ids of the prompt of each text (or columns by name), each at most ``max_tokens`` long.
 
         Raises:
             UserError: a text, or the template, that spells out what stands for the missing word.
@@ -104,15 +106,17 @@ class LabelWordTask:
             for text in texts:
                 if self.prompt(text, mask).count(mask) > 1:
                     raise UserError(
-                        f"{text[:40]!r}: {mask} stands for the missing word: leave it out of text and template"
+                        f"{str(text)[:40]!r}: {mask} stands for the missing word: leave it out of text and template"
                     )
-        return encode_prompts(tokenizer, self.template, texts, self.max_tokens, mask)
+        return encode_prompts(tokenizer, self.template, texts, self.max_tokens, mask, say)
 
-    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+    def encode(
+        self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False, say=lambda line: None
+    ) -> Prompts:
         """Tokenise the prompts of all examples, once.
 
         Raises:
             UserError: no examples, a label without a label word, or a text that holds the mask token.
         """
         labels = class_indices(examples, self.labels)
-        return Prompts(self.encode_texts(tokenizer, [example.text for example in examples]), labels)
+        return Prompts(self.encode_texts(tokenizer, [example.content for example in examples], say), labels)

@@ -23,13 +23,15 @@ class CompletionTask(AnswerTask):
 
         return Completion()
 
-    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+    def encode(
+        self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False, say=lambda line: None
+    ) -> Prompts:
         """Tokenise all prompts and answers, once.
 
         Raises:
             UserError: no examples.
         """
-        prompts = encode_prompts(tokenizer, self.template, [e.text for e in examples], self.max_tokens)
+        prompts = encode_prompts(tokenizer, self.template, [e.content for e in examples], self.max_tokens, say=say)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, e.label) + end for e in examples]
         if seq2seq:
@@ -37,8 +39,8 @@ class CompletionTask(AnswerTask):
         rows = [(prompt + answer, [-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
         return Prompts([ids for ids, _ in rows], [labels for _, labels in rows])
 
-    def generate(self, model, tokenizer, texts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Return the model's greedy answer to every text, by generation with a key-value cache."""
+    def generate(self, model, tokenizer, texts: Sequence, *, max_new_tokens: int = 64) -> list[str]:
+        """Return the model's greedy answer to every text (or columns by name), with a key-value cache."""
         import torch
 
         answers = []

@@ -19,7 +19,7 @@ class HeadTask:
 
     Args:
         labels: as the data spells them, in class order.
-        template: what the model reads, with ``{text}`` once.
+        template: what the model reads, with the data's columns, such as ``{text}``, once each.
         max_tokens: longest input in tokens; a longer text loses its end.
         pooling: ``"own"``, the head that ``transformers`` has for the model, or ``"mean"``, a linear layer on the mean
             of the hidden states.
@@ -45,12 +45,14 @@ class HeadTask:
 
         return HeadScores()
 
-    def encode(self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False) -> Prompts:
+    def encode(
+        self, tokenizer, examples: Sequence[Example], *, seq2seq: bool = False, say=lambda line: None
+    ) -> Prompts:
         """Tokenise all texts, once.
 
         Raises:
             UserError: no examples, or an unknown label.
         """
         labels = class_indices(examples, self.labels)
-        texts = [example.text for example in examples]
-        return Prompts(encode_prompts(tokenizer, self.template, texts, self.max_tokens), labels)
+        contents = [example.content for example in examples]
+        return Prompts(encode_prompts(tokenizer, self.template, contents, self.max_tokens, say=say), labels)
