@@ -22,7 +22,7 @@ KEYS = {
 }
 #: Cost of a run in ``comparison``: name, heading, how it is written.
 COSTS = {
-    "steps": ("steps", "{:,.0f}"),
+    "steps": ("steps done", "{:,.0f}"),
     "rows": ("forward rows", "{:,.0f}"),
     "losses": ("losses", "{:,.0f}"),
     "seconds": ("seconds", "{:,.1f}"),
@@ -31,7 +31,7 @@ COSTS = {
     "peak_mib": ("peak memory, MiB", "{:,.0f}"),
     "above_model_mib": ("peak above the model, MiB", "{:,.0f}"),
 }
-NOTHING = "-"
+NOTHING, LONGEST = "-", 48  # in a cell of a table: no value, and the most characters of a setting
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def _cost(record: Record) -> dict[str, float | None]:
 def _written(value: Any) -> str:
     if value is None:
         return NOTHING
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def _change(metric: str, pair: Sequence[float | None] | None) -> str:

@@ -150,7 +150,7 @@ def figure_of(records: Sequence[Record]):
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if panel.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        if panel.name == "queries":
+        if panel.name in ("queries", "peak_mib"):
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -160,8 +160,8 @@ def figure_of(records: Sequence[Record]):
         Line2D([], [], color=COLORS[index % len(COLORS)], marker="o", markersize=4, label=record.name)
         for index, record in enumerate(records)
     ]
-    figure.suptitle("thin: training, averaged over steps where it is noisy; marks: dev", fontsize=9)
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    legend = {"loc": "outside upper center", "ncols": min(4, len(handles)), "frameon": False, "title_fontsize": 9}
+    figure.legend(handles=handles, title="thin: training, averaged where it is noisy; marks: dev", **legend)
     return figure
 
 
