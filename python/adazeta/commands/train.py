@@ -47,13 +47,14 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     settings = resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored)
     stay_offline(settings["data"], settings["dev_data"])
 
+    from ..auto import as_before
     from ..demo import closing_table
     from ..training import Interrupted, train
 
     quiet()
     try:
         summary = train(
-            settings,
+            as_before(settings, stored),
             preset,
             output,
             resume=arguments.resume,

@@ -1,0 +1,67 @@
+"""Measure which eps and lr a run should have: ``adazeta calibrate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..options import GROUPS, TRAIN, add_options, read_yaml, resolve
+from ..presets import PRESETS
+from . import command, quiet, say
+
+FILE, PLOT = "calibration.json", "calibration.png"
+
+
+def add(commands) -> None:
+    """Add the command."""
+    parser = command(commands, "calibrate", _calibrate, "measure noise, curvature and gradient; propose --eps and --lr")
+    parser.add_argument(
+        "--output",
+        default="runs/calibration",
+        metavar="DIR",
+        help=f"folder for {FILE} and {PLOT} (default: runs/calibration)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    parser.add_argument("--preset", default="default", choices=tuple(PRESETS), help="named settings (default: default)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
+    parser.add_argument("--batches", type=int, default=8, metavar="N", help="batches to measure on (default: 8)")
+    parser.add_argument("--probed", type=int, default=32, metavar="N", help="directions to look along (default: 32)")
+    add_options(parser, GROUPS)
+
+
+def _calibrate(arguments) -> int:
+    from ..auto import calibrate
+    from ..calibration_report import describe, draw
+    from ..errors import UserError
+    from ..files import disk_errors
+    from ..prepare import load_data, new_classifier, settle, settle_machine
+    from ..runs import write_json
+
+    if arguments.batches < 1 or arguments.probed < 8:
+        raise UserError(
+            f"expected --batches of 1 and --probed of 8 at least, got {arguments.batches}, {arguments.probed}"
+        )
+    from_file = {"eps": "auto", "lr": "auto", **(read_yaml(arguments.config, TRAIN) if arguments.config else {})}
+    settings = resolve(vars(arguments), TRAIN, preset=arguments.preset, from_file=from_file)
+    quiet()
+    splits, settings = load_data(settle(settings, say), say)
+    settings = settle_machine(settings, arguments.preset, say)
+    classifier = new_classifier(settings, arguments.preset, say)
+    found = calibrate(
+        classifier,
+        splits["train"],
+        settings,
+        arguments.preset,
+        batches=arguments.batches,
+        directions=arguments.probed,
+    )
+    folder = Path(arguments.output)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, found.to_dict())
+        draw(found, folder / PLOT)
+    for warning in found.warnings():
+        say(warning)
+    print(json.dumps(found.to_dict()) if arguments.json else describe(found))
+    say(f"written to {folder}; adazeta train --eps {found.eps:g} --lr {found.lr:g}, or --eps auto --lr auto")
+    return 0
