@@ -34,7 +34,7 @@ step() { # name, command ...
   outcome[$name]=${PIPESTATUS[0]}
 }
 
-step tests "$python" -m pytest -q -m gpu tests/kernels
+step tests "$python" -m pytest -q -m gpu tests/kernels tests/training
 if command -v compute-sanitizer > /dev/null; then
   # Small shapes: the sanitizers slow kernels down a hundredfold. Streams and capture are not their business.
   chosen="perturb or tt_ or low_rank or misaligned or split or (fill_normal and not many)"

@@ -172,12 +172,63 @@ void project_row_part(const X* x, const float* left, int64_t d, float* h) {
   }
 }
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// Lane l of column j of a row-major (kVec, kRank) block is element l kRank + j of the block: `lane` is its place in a
+// pair of vectors, and `pair[p][j]` has a bit for each lane that lies in the p-th pair.
+template <int kRank>
+struct ColumnOfBlock {
+  static constexpr int kPairs = (kRank + 1) / 2;
+  int32_t lane[kRank][kVec];
+  uint16_t pair[kPairs][kRank];
+  constexpr ColumnOfBlock() : lane(), pair() {
+    for (int j = 0; j < kRank; ++j) {
+      for (int l = 0; l < kVec; ++l) {
+        const int element = l * kRank + j;
+        lane[j][l] = element % (2 * kVec);
+        pair[element / (2 * kVec)][j] |= static_cast<uint16_t>(1u << l);
+      }
+    }
+  }
+};
+
+// The first rows of left turned, as many whole blocks as there are; returns how many rows.
+template <int kRank>
+int64_t turn_blocks(const float* left, int64_t d, float* panel) {
+  static constexpr ColumnOfBlock<kRank> kFrom{};
+  const int64_t pitch = panel_pitch(d);
+  int64_t i = 0;
+  for (; i + kVec <= d; i += kVec) {
+    Vec block[2 * kFrom.kPairs] = {};
+    for (int v = 0; v < kRank; ++v) block[v] = load(left + i * kRank + v * kVec);
+    for (int j = 0; j < kRank; ++j) {
+      const __m512i lane = _mm512_loadu_si512(kFrom.lane[j]);
+      Vec column{};
+      for (int p = 0; p < kFrom.kPairs; ++p) {
+        const Vec found = _mm512_permutex2var_ps(block[2 * p], lane, block[2 * p + 1]);
+        column = _mm512_mask_mov_ps(column, kFrom.pair[p][j], found);
+      }
+      store(panel + j * pitch + i, column);
+    }
+  }
+  return i;
+}
+#else
+template <int kRank>
+int64_t turn_blocks(const float*, int64_t, float*) {
+  return 0;
+}
+#endif
+
 }  // namespace
 
 void turn(const float* left, int64_t d, int rank, float* panel) {
   const int64_t pitch = panel_pitch(d);
+  int64_t done = 0;
+  if (rank <= kMaxRowRank) {
+    with_number<kMaxRowRank>(rank, [&](auto ranks) { done = turn_blocks<ranks.value>(left, d, panel); });
+  }
   for (int j = 0; j < rank; ++j) {
-    for (int64_t i = 0; i < d; ++i) panel[j * pitch + i] = left[i * rank + j];
+    for (int64_t i = done; i < d; ++i) panel[j * pitch + i] = left[i * rank + j];
     for (int64_t i = d; i < pitch; ++i) panel[j * pitch + i] = 0.0f;
   }
 }

@@ -120,6 +120,15 @@ def test_the_next_batch_is_made_while_this_one_is_used():
     assert list(prefetched([], "cpu")) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none")
+def test_copies_to_a_gpu_come_from_pinned_memory_before_they_are_used():
+    batches = [{"ids": torch.full((64, 64), number), "x": torch.full((1 << 20,), float(number))} for number in range(8)]
+    for number, batch in enumerate(prefetched(batches, "cuda")):
+        assert batch["ids"].is_cuda and host(batch["ids"]) is batches[number]["ids"]
+        assert bool((batch["x"] == number).all()) and bool((batch["ids"] == number).all())
+
+
 def test_on_the_cpu_a_batch_is_what_it_is():
     model, batch = tiny_adapted(), lm_batch(3)
     assert all(moved is batch[name] for name, moved in to_device(batch, "cpu").items())
