@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from ..data_options import DATA, TASK
 from ..errors import UserError
-from ..options import MODEL, add_options
+from ..options import EVALUATION, MODEL, add_options, resolve
 from . import command, say, stay_offline
 from .opened import JOURNAL, NAME, data_settings, opened
 
@@ -26,63 +28,86 @@ def add(commands) -> None:
     )
     predict.add_argument("--json", action="store_true", help="print one JSON object a line (default: off)")
     predict.add_argument("--journal", metavar="FILE", help=JOURNAL)
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --data: write the rows with their answers to a .csv, .tsv or .jsonl (default: print them)",
+    )
+    predict.add_argument("--overwrite", action="store_true", help="replace an earlier --output (default: off)")
     predict.add_argument("--split", help="part of --data, where it has several (default: test)")
     own = replace(DATA[0], help=f"label the rows of {DATA[0].help}; it needs no labels", shown="none, the texts")
-    add_options(predict, {"model": MODEL[1:], "data": [own, *DATA[1:]], "task": TASK})
+    add_options(predict, {"evaluation": EVALUATION[1:], "model": MODEL[1:], "data": [own, *DATA[1:]], "task": TASK})
 
 
 def _predict(arguments) -> int:
+    from ..examples import fields_of
+    from ..predictions import check_output, predict_file, stream
+
     given = getattr(arguments, "data", None)
     if (given is None) == (not arguments.text):
         raise UserError("give texts in quotation marks ('-' reads one a line), or --data with rows to label")
-    data = data_settings(arguments, DATA)
-    stay_offline(given)
-    texts = []
-    for text in arguments.text:
-        texts += [line.strip() for line in sys.stdin if line.strip()] if text == "-" else [text.strip()]
-    if given is None and not (texts and all(texts)):
+    if given == "movies":
+        raise UserError("--data: name a file, a folder or a dataset of the hub; `adazeta eval` takes the movies")
+    if arguments.output is not None and given is None:
+        raise UserError("--output writes the rows of --data with their answers: name a file with --data")
+    if not all(text.strip() for text in arguments.text):
         raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
+    if arguments.output is not None:
+        check_output(Path(arguments.output), arguments.overwrite)
+    data, size = data_settings(arguments, DATA), resolve(vars(arguments), EVALUATION)["batch_size"]
+    stay_offline(given)
     classifier = opened(arguments)
-    task = classifier.task
-    examples = _examples(task, data, texts, given, arguments.split)
-    if task.kind == "completion":
-        answers = task.generate(classifier.model, classifier.tokenizer, [example.content for example in examples])
-        for example, answer in zip(examples, answers):
-            _print(arguments.json, answer, text=example.content, answer=answer)
+    fields = replace(fields_of(data, classifier.task), label=None, skip=())
+    split = arguments.split or "test"
+    if arguments.output is not None:
+        settings = {"split": split, "batch_size": size, "overwrite": arguments.overwrite, "say": say}
+        count = predict_file(classifier, given, arguments.output, fields, **settings)
+        say(f"{count:,} rows written to {arguments.output}")
         return 0
-    for example, probabilities in zip(examples, classifier.probabilities(examples, say=say)):
-        labels = task.labels or example.choices
-        by_label = dict(zip(labels, probabilities))
-        best = max(by_label, key=by_label.__getitem__)
-        others = "  ".join(f"{label} {p:.3f}" for label, p in by_label.items())
-        line = f"{best}  ({others})  {' | '.join(example.text.splitlines()).replace(chr(9), ' | ')}"
-        _print(arguments.json, line, text=example.content, label=best, probabilities=by_label)
+    piped = (1 if sys.stdin.isatty() else size) if "-" in arguments.text else None  # who writes a line wants an answer
+    asked = _rows(given, split, fields) if given is not None else _texts(arguments.text, fields)
+    count = 0
+    for example, _, answer in stream(classifier, asked, batch_size=size, at_once=piped):
+        _print(arguments.json, example, answer)
+        count += 1
+    if not count:
+        raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
     return 0
 
 
-def _print(as_json: bool, line: str, **values) -> None:
-    print(json.dumps(values, ensure_ascii=False) if as_json else line)
+def _print(as_json: bool, example, answer) -> None:
+    if answer.probabilities is None:
+        values, line = {"answer": answer.prediction}, answer.prediction
+    else:
+        values = {"label": answer.prediction, "probabilities": answer.probabilities}
+        others = "  ".join(f"{label} {p:.3f}" for label, p in answer.probabilities.items())
+        line = f"{answer.prediction}  ({others})  {' | '.join(example.text.splitlines()).replace(chr(9), ' | ')}"
+    print(json.dumps({"text": example.content, **values}, ensure_ascii=False) if as_json else line, flush=True)
 
 
-def _examples(task, data: dict, texts: list[str], source: str | None, split: str | None) -> list:
-    """Return what is asked: the rows of a source, texts, or texts that are rows as JSON."""
-    from ..examples import Example, example_of, fields_of, read_examples
+def _rows(source: str, split: str, fields) -> Iterator[tuple]:
+    """Yield the examples in the rows of a source."""
+    from ..examples import example_of
+    from ..rows import read_rows
 
-    fields = replace(fields_of(data, task), label=None, skip=())
-    if source == "movies":
-        raise UserError("--data: name a file, a folder or a dataset of the hub; `adazeta eval` takes the movies")
-    if source is not None:
-        return read_examples(source, fields, split=split or "test", say=say)
-    if len(fields.texts) == 1 and not fields.choices:
-        return [Example(text, "") for text in texts]
+    for where, row in read_rows(source, split, say=say):
+        yield example_of(row, where, fields), row
+
+
+def _texts(texts: list[str], fields) -> Iterator[tuple]:
+    """Yield the examples in texts, each a row as JSON where examples have several columns; '-' is standard input."""
+    from ..examples import Example, example_of
+
+    lines = (line for text in texts for line in (sys.stdin if text == "-" else [text]))
     columns = ", ".join(json.dumps(column) + ": ..." for column in (*fields.texts.values(), *fields.choices))
-    rows = []
-    for text in texts:
+    for text in filter(None, map(str.strip, lines)):
+        if len(fields.texts) == 1 and not fields.choices:
+            yield Example(text, ""), None
+            continue
         try:
             row = json.loads(text)
         except ValueError:
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{text[:40]!r}: this run has several columns: give {{{columns}}} as JSON, or --data FILE")
-        rows.append(example_of(row, repr(text[:40]), fields))
-    return rows
+        yield example_of(row, repr(text[:40]), fields), row
