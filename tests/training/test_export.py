@@ -1,6 +1,11 @@
 """Exports give the outputs of the adapted model: factors by the kernels' ops, LoRA and merged models by stock PEFT."""
 
+import io
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from transformers import (
 
 from adazeta.errors import UserError
 from adazeta.export import export, read_low_rank
+from adazeta.runs import Classifier
 from adazeta.tasks import HeadTask, LabelWordTask, to_dict
 from adazeta_kernels import tt_linear
 
@@ -180,3 +186,31 @@ def test_the_command(world, capsys, tmp_path):
     assert "not an earlier export" in fails(capsys, *again, folder / "run", "--overwrite")
     assert "not a run folder" in fails(capsys, "export", folder / "base", "--to", "lora", "--output", tmp_path / "lora")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["factors"]
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_the_guide_looks_and_exports(world, capsys, monkeypatch, tmp_path):
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    section = guide.split("\n## Looking, exporting\n")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    for name in ("reviews", "other"):
+        shutil.copytree(world[0] / "run", tmp_path / "runs" / name)
+    write_run(tmp_path, "llama", bias=False)[1].rename(tmp_path / "runs" / "linear")
+    (tmp_path / "new.csv").write_text("text,id\na warm film,1\na dull one,2\n")
+    for line in re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines():
+        before, pipe, command = line.partition("| ")
+        monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\na dull one\n" if pipe else ""))
+        program, *arguments = shlex.split(command if pipe else before, comments=True)
+        code, out, err = main(capsys, *arguments)
+        assert (program, code) == ("adazeta", 0), err
+        assert not pipe or [json.loads(answer)["text"] for answer in out.splitlines()] == ["a warm film", "a dull one"]
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made >= {"curves.png", "curves.html", "answered.csv", "factors", "lora", "merged"}
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    names = {"x": torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))}
+    exec(compile(example, "guide.md", "exec"), names)
+    classifier = Classifier.open(str(tmp_path / "runs" / "reviews"))
+    (layer,) = (layer for _, layer in classifier.model.base_model.tt_layers("default"))
+    assert layer.act["default"] == "identity"  # the default preset's
+    with torch.no_grad():
+        torch.testing.assert_close(names["y"], layer._adapt_rows(names["x"], "default"))
