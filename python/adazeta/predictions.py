@@ -17,6 +17,7 @@ from adazeta.rows import read_rows
 from adazeta.runs import Classifier
 
 Row = TypeVar("Row")
+Say = Callable[[str], None]
 KINDS = (".csv", ".tsv", ".jsonl")
 #: Batches that are sorted by length together, so that little padding is computed.
 BATCHES = 8
@@ -30,26 +31,42 @@ class Answer:
     probabilities: Mapping[str, float] | None
 
 
-def answers(classifier: Classifier, examples: list[Example], *, batch_size: int = 32) -> list[Answer]:
-    """Return the answer to every example, in order; labels are not looked at."""
+def answers(
+    classifier: Classifier, examples: list[Example], *, batch_size: int = 32, say: Say = lambda line: None
+) -> list[Answer]:
+    """Return the answer to every example, in order; labels are not looked at. ``say`` is told of texts that are cut."""
     task = classifier.task
     if task.kind == "completion":
         texts = task.generate(classifier.model, classifier.tokenizer, [example.content for example in examples])
         return [Answer(text, None) for text in texts]
     found = []
-    for example, probabilities in zip(examples, classifier.probabilities(examples, batch_size=batch_size)):
+    for example, probabilities in zip(examples, classifier.probabilities(examples, batch_size=batch_size, say=say)):
         by_label = dict(zip(task.labels or example.choices, probabilities))
         found.append(Answer(max(by_label, key=by_label.__getitem__), by_label))
     return found
 
 
 def stream(
-    classifier: Classifier, pairs: Iterable[tuple[Example, Row]], *, batch_size: int = 32, at_once: int | None = None
+    classifier: Classifier,
+    pairs: Iterable[tuple[Example, Row]],
+    *,
+    batch_size: int = 32,
+    at_once: int | None = None,
+    say: Say = lambda line: None,
 ) -> Iterator[tuple[Example, Row, Answer]]:
-    """Yield examples, what came with them and their answers, whenever ``at_once`` (by default 8 batches) are read."""
-    rest = iter(pairs)
+    """Yield examples, what came with them and their answers, whenever ``at_once`` (by default 8 batches) are read.
+
+    ``say`` is told of texts that are cut the first time that there are any.
+    """
+    rest, notes = iter(pairs), []
+
+    def first(line: str) -> None:
+        if not notes:
+            say(line)
+        notes.append(line)
+
     while chunk := list(islice(rest, at_once or BATCHES * batch_size)):
-        found = answers(classifier, [example for example, _ in chunk], batch_size=batch_size)
+        found = answers(classifier, [example for example, _ in chunk], batch_size=batch_size, say=first)
         for (example, row), answer in zip(chunk, found):
             yield example, row, answer
 
@@ -63,7 +80,7 @@ def predict_file(
     split: str | None = None,
     batch_size: int = 32,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> int:
     """Answer the rows of a source and write them, with their own columns and the answers; return how many.
 
@@ -78,7 +95,7 @@ def predict_file(
         split: part of a source that has several.
         batch_size: examples a forward.
         overwrite: an earlier file at ``output`` may be replaced.
-        say: told what is fetched.
+        say: told what is fetched, and of texts that are cut.
 
     Raises:
         UserError: rows that cannot be read, a column of a name that an answer gets, or ``output`` is in the way.
@@ -111,7 +128,7 @@ def predict_file(
     with replacing(output) as target, target.open("w", encoding="utf-8", newline="") as file:
         write = _json_writer(file) if as_json else _csv_writer(file, output, [*columns, *added], labels)
         with progress_bar(total, "predict", "rows") as bar:
-            for _, row, answer in stream(classifier, pairs, batch_size=batch_size):
+            for _, row, answer in stream(classifier, pairs, batch_size=batch_size, say=say):
                 write(row, answer)
                 bar.update()
     return total

@@ -95,7 +95,8 @@ class Model:
         self.asked, self.model, self.tokenizer = [], None, None
         self.task = SimpleNamespace(kind=kind, labels=labels, generate=generate)
 
-    def probabilities(self, examples, batch_size):
+    def probabilities(self, examples, batch_size, say):
+        say(f"note {len(self.asked)}")
         self.asked.append([example.text for example in examples])
         return [[0.25, 0.75, 0.0][: max(2, len(example.choices))] for example in examples]
 
@@ -110,6 +111,8 @@ def test_answers_of_every_kind_of_task():
 def test_a_stream_holds_a_few_batches_at_a_time():
     model = Model("head", ("no", "yes"))
     texts = [str(number) for number in range(20)]
-    found = list(stream(model, ((Example(text, ""), text) for text in texts), batch_size=2))
+    notes = []
+    found = list(stream(model, ((Example(text, ""), text) for text in texts), batch_size=2, say=notes.append))
     assert [(example.text, row) for example, row, _ in found] == list(zip(texts, texts))
     assert [len(asked) for asked in model.asked] == [16, 4]
+    assert notes == ["note 0"]

@@ -67,7 +67,7 @@ def _predict(arguments) -> int:
     piped = (1 if sys.stdin.isatty() else size) if "-" in arguments.text else None  # who writes a line wants an answer
     asked = _rows(given, split, fields) if given is not None else _texts(arguments.text, fields)
     count = 0
-    for example, _, answer in stream(classifier, asked, batch_size=size, at_once=piped):
+    for example, _, answer in stream(classifier, asked, batch_size=size, at_once=piped, say=say):
         _print(arguments.json, example, answer)
         count += 1
     if not count:
