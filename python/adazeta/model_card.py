@@ -21,7 +21,9 @@ from .report import facts, machine
 from .runs import ADAPTER, CARD, CURVES, METRICS, SUMMARY, read_card, read_json, write_json
 
 NAME = "README.md"
-TAGS = ["adazeta", "peft", "tensor-train", "zeroth-order"]
+TAGS = ["adazeta", "peft", "zeroth-order"]
+#: What a PEFT method is called, where its own name says little.
+METHODS = {"TT": "tensor-train"}
 HUB_NAMES = {assets.MODEL_NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DATA_NAMES = {"movies": "Movie review sentences (Hutto and Gilbert 2014)"}
 PIPELINES = {"completion": "text-generation"}
@@ -93,7 +95,8 @@ def describe_trainer(trainer, name: str | None = None) -> dict:
     return {
         "name": name or Path(args.output_dir).resolve().name,
         "model_class": _class_of(model),
-        "base_model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "method": _method(model),
         "splits": splits,
         "measured": {"dev": {"before": measured[0], "after": measured[-1]}} if measured else {},
         "training": {
@@ -137,7 +140,7 @@ def model_card(about: Mapping[str, Any]) -> ModelCard:
         library_name="peft",
         pipeline_tag=pipeline,
         datasets=[data["hub"]] if data["hub"] else None,
-        tags=TAGS + ([f"base_model:adapter:{base}"] if base else []),
+        tags=[*TAGS, _method_name(about), *([f"base_model:adapter:{base}"] if base else [])],
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=about["name"] if results else None,
         eval_results=results or None,
@@ -161,8 +164,9 @@ def _text(about: Mapping[str, Any], base: str | None, data: Mapping[str, Any]) -
     numbers = f"{about['numbers']:,} numbers " if about.get("numbers") else ""
     parts = [
         f"# {about['name']}",
-        f"A tensor-train adapter for {shown}: {numbers}trained by forward passes alone with `adazeta` {__version__}, "
-        "after AdaZeta ([arXiv 2406.18060](https://arxiv.org/abs/2406.18060)). The base model is unchanged.",
+        f"A {_method_name(about)} adapter for {shown}: {numbers}trained by forward passes alone with `adazeta` "
+        f"{__version__}, after AdaZeta ([arXiv 2406.18060](https://arxiv.org/abs/2406.18060)). The base model is "
+        "unchanged.",
     ]
     for heading, body in (
         ("Use", _use(about, base)),
@@ -188,6 +192,16 @@ def _use(about: Mapping[str, Any], base: str | None) -> str:
     if task:
         parts.append(f'On the command line: `adazeta predict {name} "a text"`.')
     return "\n\n".join(parts)
+
+
+def _method_name(about: Mapping[str, Any]) -> str:
+    method = about.get("method", "TT")
+    return METHODS.get(method, method)
+
+
+def _method(model) -> str:
+    """Return the PEFT method of a model's adapter, ``TT`` if it is ours."""
+    return next(iter(model.peft_config.values())).peft_type.value
 
 
 def _class_of(model) -> str | None:

@@ -217,13 +217,16 @@ class ZOTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def create_model_card(self, *args, model_name: str | None = None, **kwargs) -> None:
-        """Write README.md into ``output_dir``: :mod:`adazeta.model_card`, with what this run knows of itself."""
-        if self.is_world_process_zero():
+        """Write README.md into ``output_dir``: of an adapter :mod:`adazeta.model_card`, else the Trainer's own."""
+        if not hasattr(self.model, "peft_config"):
+            super().create_model_card(*args, model_name=model_name, **kwargs)
+        elif self.is_world_process_zero():
             model_card(describe_trainer(self, model_name)).save(Path(self.args.output_dir) / CARD_NAME)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        if self.optimizer is not None:  # in place of PEFT's empty form, which names folders of this machine
+        # In place of PEFT's empty form, which names folders of this machine.
+        if self.optimizer is not None and hasattr(self.model, "peft_config"):
             model_card(describe_trainer(self)).save(Path(output_dir or self.args.output_dir) / CARD_NAME)
 
     def _save_checkpoint(self, *args, **kwargs):

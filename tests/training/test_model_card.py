@@ -39,7 +39,7 @@ def test_the_card_of_a_run(world):
     summary = json.loads((folder / "run" / "summary.json").read_text())
     data = ModelCard.load(folder / "run" / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.base_model) == ("peft", "text-classification", None)
-    assert {"adazeta", "zeroth-order"} <= set(data.tags)
+    assert {"adazeta", "zeroth-order", "tensor-train"} <= set(data.tags)
     assert sorted(data.metrics) == ["accuracy", "loss"]
     values = {result.metric_type: result.metric_value for result in data.eval_results}
     assert values == {name: round(value, 4) for name, value in summary["dev"]["after"].items()}
@@ -64,6 +64,7 @@ def test_the_card_of_the_demo_names_what_the_hub_has():
     assert "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct" in card.data.tags
     assert card.data.pipeline_tag == "text-generation"
     assert "Hutto" in card.content and "| test | f1 | 0.2500 | 0.7500 |" in card.content
+    assert "A LORA adapter" in model_card({"name": "x", "base_model": "a/b", "method": "LORA"}).content
     assert model_card({"name": "x", "base_model": "a/b", "data": "hub:org/set:small@main"}).data.datasets == ["org/set"]
 
 
@@ -120,3 +121,13 @@ def test_the_trainer_pushes_its_own_card(tmp_path, monkeypatch):
     assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
     shutil.rmtree(tmp_path / "out")
     assert PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+
+
+def test_a_model_without_adapters_has_the_trainers_own_card(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none")
+    rows = [{name: value[0] for name, value in lm_batch(1).items()}]
+    trainer = ZOTrainer(model=tiny_llama(layers=1), args=args, zo=ZOConfig(eps=1e-2), train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "generated_from_trainer" in (tmp_path / "README.md").read_text()
