@@ -54,10 +54,10 @@ class Bench:
         self.start = [tensor.clone() for tensor in first.trainable().tensors]
         self.numbers = first.trainable().numel
 
-    def batches(self):
+    def batches(self, steps: int):
         """Yield a batch for every step: shuffled epochs, drawn by the seed."""
         draw, order, size = random.Random(self.settings["seed"]), [], self.settings["batch_size"]
-        for _ in self.run.factors:
+        for _ in range(steps):
             if len(order) < size:
                 order = draw.sample(range(len(self.train)), len(self.train))
             chosen, order = order[:size], order[size:]
@@ -71,7 +71,7 @@ class Bench:
             tensor.copy_(start)
         began, losses = time.process_time(), []
         with progress_bar(len(self.run.factors), f"eps {eps:g}, lr {lr:g}", "steps") as bar:
-            for factor, batch in zip(self.run.factors, self.batches()):
+            for factor, batch in zip(self.run.factors, self.batches(len(self.run.factors))):
                 optimizer.param_groups[0]["lr"] = lr * factor
                 losses.append(optimizer.estimate(self.loss, batch))
                 optimizer.step()

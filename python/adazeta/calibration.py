@@ -85,7 +85,7 @@ class Calibration:
                 "the gradient is not told apart from its error: the learning rate is a guess, more --batches make it "
                 "better"
             )
-        if self.snr < 10:
+        if self.snr < 3:
             found.append(
                 f"rounding takes much of a projected gradient, signal to noise {self.snr:.1f}: --dtype float32 has less"
             )

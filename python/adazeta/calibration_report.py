@@ -18,7 +18,7 @@ def measured(found: Calibration) -> list[tuple[str, str]]:
         ("noise of a loss", f"{found.noise:.2g} nats by rounding"),
         ("signal to noise", f"{found.snr:,.1f} of a projected gradient at this eps"),
         ("curvature z'Hz", f"{found.curvature:.3g} mean; third derivative {found.third:.3g} root mean square"),
-        ("gradient norm", f"{found.gradient:.3g}{'' if found.resolved else ' at most: not told apart from 0'}"),
+        ("gradient norm", f"{found.gradient:.3g}{'' if found.resolved else ', not told apart from its error'}"),
         ("cosine of a step", f"{found.cosine:.3f} with the gradient, of {found.directions:,.0f} directions"),
         ("loss expected", f"{found.loss:.3f} before, {found.predicted:.3f} after {found.steps:,} steps"),
     ]
