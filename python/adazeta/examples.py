@@ -60,7 +60,7 @@ class Fields:
 
 
 def fields_of(settings: Mapping[str, Any], task) -> Fields:
-    """Return where the examples of a task are, as settings of :data:`adazeta.data_options.DATA` say.
+    """Return where the examples of a task are, as settings of :data:`adazeta.options_data.DATA` say.
 
     Raises:
         UserError: names of ``--columns`` that the template does not have.

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adazeta.data_options import DATA, SPLITTING, TASK
 from adazeta.errors import UserError
 from adazeta.kinds import (
     boolean,
@@ -27,6 +26,7 @@ from adazeta.kinds import (
 )
 from adazeta.memory import read_size
 from adazeta.option import Option
+from adazeta.options_data import DATA, SPLITTING, TASK
 from adazeta.options_private import PRIVATE
 from adazeta.presets import PRESETS
 

@@ -70,7 +70,7 @@ def test_three_commands(folder, capsys, monkeypatch):
     install, train, predict = COMMANDS[:3]
     assert install[:2] == ["pip", "install"]
     out, err = run(capsys, train, "--model", "MODEL", *QUICK)
-    assert "written to runs/reviews" in out
+    assert "written to runs/reviews; ask it: adazeta predict runs/reviews --data FILE" in out
     assert "--max-tokens" not in err
     out, err = run(capsys, predict, "--json")
     rows = [json.loads(line) for line in out.splitlines()]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..data_options import DATA, SPLITTING, TASK
 from ..errors import UserError
 from ..options import EVALUATION, MODEL, add_options, resolve
+from ..options_data import DATA, SPLITTING, TASK
 from . import command, say, stay_offline
 from .opened import JOURNAL, NAME, data_settings, opened
 

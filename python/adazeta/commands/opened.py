@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..data_options import TASK
 from ..options import MODEL, resolve, template_settings
+from ..options_data import TASK
 from . import quiet, say
 
 NAME = "run folder, base model folder, or 'smollm2'"

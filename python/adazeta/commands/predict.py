@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..data_options import DATA, TASK
 from ..errors import UserError
 from ..options import EVALUATION, MODEL, add_options, resolve
+from ..options_data import DATA, TASK
 from . import command, say, stay_offline
 from .opened import JOURNAL, NAME, data_settings, opened
 

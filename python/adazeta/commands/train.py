@@ -66,5 +66,6 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
         say(f"stopped; the same command with --output {output} --resume goes on from here")
         return INTERRUPTED
     print(closing_table(summary))
-    print(f'\nwritten to {output}; ask it: adazeta predict {output} "a warm, funny, engaging film"')
+    asked = '"a warm, funny, engaging film"' if settings["data"] == "movies" else "--data FILE"
+    print(f"\nwritten to {output}; ask it: adazeta predict {output} {asked}")
     return 0
