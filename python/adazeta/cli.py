@@ -80,5 +80,8 @@ def close_bars() -> None:
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
-        for bar in list(getattr(tqdm, "_instances", [])):
+        bars = list(getattr(tqdm, "_instances", []))
+        for bar in bars:
             bar.close()
+        if len(bars) > 1:  # one inside another leaves the cursor on the outer one's line
+            print(file=sys.stderr)

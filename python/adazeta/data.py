@@ -193,14 +193,22 @@ class Prompts(Sequence):
         input_ids: tokens of each example, or of each of its candidates.
         labels: a class index each, or for completions the tokens that are scored.
         targets: the tokens that are scored of each candidate.
+        references: the right answers of each example, as text.
     """
 
-    def __init__(self, input_ids: Sequence[Sequence], labels: Sequence, targets: Sequence[Sequence] | None = None):
+    def __init__(
+        self,
+        input_ids: Sequence[Sequence],
+        labels: Sequence,
+        targets: Sequence[Sequence] | None = None,
+        references: Sequence[Sequence[str]] | None = None,
+    ):
         if len(input_ids) != len(labels):
             raise ValueError(f"expected one label per prompt, got {len(input_ids)} prompts and {len(labels)} labels")
         if not input_ids:
             raise UserError("the dataset is empty: give at least one example")
-        columns = {"input_ids": input_ids, "labels": labels, **({} if targets is None else {"targets": targets})}
+        columns = {"input_ids": input_ids, "labels": labels, "targets": targets, "references": references}
+        columns = {name: values for name, values in columns.items() if values is not None}
         self._rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def __len__(self) -> int:
@@ -212,7 +220,7 @@ class Prompts(Sequence):
     def by_length(self) -> Prompts:
         """Return the same rows, longest first: batches then hold little padding, and the first needs most memory."""
         rows = sorted(self._rows, key=row_tokens, reverse=True)
-        return Prompts(*([row[name] for row in rows] for name in rows[0]))
+        return Prompts(**{name: [row[name] for row in rows] for name in rows[0]})
 
 
 class RightPad:
@@ -220,18 +228,27 @@ class RightPad:
 
     ``input_ids`` and ``attention_mask`` become ``[B, T]`` or, of rows with candidates, ``[B, K, T]``; ``labels``
     ``[B]`` or, where they are tokens, padded with -100, as ``targets`` are. A candidate that is none has one token.
+    ``references`` stay a list.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        batch = {name: _padded([row[name] for row in rows], -100) for name in rows[0] if name != "input_ids"}
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        batch = {name: _padded(columns[name], -100) for name in ("labels", "targets") if name in columns}
+        if "references" in columns:
+            batch["references"] = columns["references"]
         ids = [row["input_ids"] for row in rows]
         batch["input_ids"] = _padded(ids, self.pad_token_id)
         batch["attention_mask"] = _padded(_ones(ids), 0)
         batch["attention_mask"][..., 0] = 1
         return batch
+
+
+def on_device(batch: dict, device) -> dict:
+    """Return the batch with its tensors on ``device``."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
 def _ones(value):

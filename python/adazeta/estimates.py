@@ -41,7 +41,8 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
     with ExitStack() as stack:
         if not optimizer.privacy:  # a count of tokens tells of the examples
             stack.enter_context(optimizer.tokens.counting(model))
-        shared = prefix is not None and not look.rows_mix and stack.enter_context(prefix.shared())
+        shares = prefix is not None and not look.rows_mix and not getattr(loss_fn, "generates", False)
+        shared = shares and stack.enter_context(prefix.shared())
         stack.enter_context(others or nullcontext())
         stack.enter_context(optimizer.graphs.used(others=others is not None, shared=shared, at_tokens=at_tokens))
         if at_tokens:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .data import row_tokens
+from .data import on_device, row_tokens
 from .errors import UserError
+from .measures import Measures
 
 
 def judge(loss, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,6 +31,7 @@ def evaluate(
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """Return accuracy, mean loss and the prediction of every example, in the order of ``dataset``.
 
@@ -42,9 +44,11 @@ def evaluate(
         collate: makes a batch of a list of examples.
         batch_size: examples per forward.
         progress: called with the number of examples done since the last call.
+        measures: what else is measured.
 
     Returns:
-        ``accuracy`` and ``loss`` (floats), ``predictions`` (class indices) and ``probabilities`` (list of lists). The
+        ``accuracy`` and ``loss`` and what ``measures`` has (floats), ``predictions`` (class indices) and
+        ``probabilities`` (list of lists). The
         predictions of a completion are 1 where every token of the answer is the likeliest, that is where greedy
         generation gives the answer, else 0.
 
@@ -56,20 +60,25 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     order = sorted(range(len(dataset)), key=lambda i: row_tokens(dataset[i]))
-    found = []
+    found, generates = [], measures is not None and measures.generates
     for first in range(0, len(order), batch_size):
         rows = [dataset[i] for i in order[first : first + batch_size]]
-        batch = {k: v.to(device) for k, v in collate(rows).items()}
+        batch = on_device(collate(rows), device)
         found.append([tensor.cpu() for tensor in judge(loss, model, batch)])
-        if progress is not None:
+        if progress is not None and not generates:
             progress(len(rows))
     back = torch.empty(len(order), dtype=torch.long)
     back[order] = torch.arange(len(order))
     losses, scores, labels = (torch.cat(parts)[back] for parts in zip(*found))
     predictions = scores.argmax(1)
+    further = {}
+    if measures is not None:
+        rows, in_order = [dataset[i] for i in order], predictions[order].tolist()
+        further = measures(model, rows, in_order, collate, batch_size, progress)
     return {
         "accuracy": float((predictions == labels).float().mean()),
         "loss": float(losses.mean()),
+        **further,
         "predictions": predictions.tolist(),
         "probabilities": scores.softmax(1).tolist(),
     }

@@ -108,3 +108,21 @@ def cache_setting(value) -> str:
     value = "off" if value is False else str(value)  # YAML reads off as false
     read_setting(value)
     return value
+
+
+def objective(value) -> str:
+    """Read ``loss``, ``accuracy``, ``f1``, ``exact-match``, or ``FILE.py:function``."""
+    text = str(value).strip()
+    path, _, name = text.rpartition(":")
+    if text in ("loss", "accuracy", "f1", "exact-match") or path.endswith(".py") and name.isidentifier():
+        return text
+    raise ValueError(f"expected loss, accuracy, f1, exact-match or FILE.py:function, got {value!r}")
+
+
+def metrics(value) -> list[str]:
+    """Read names of metrics, a list or with commas between them; accuracy, which is always measured, is left out."""
+    names = value if isinstance(value, list) else str(value).split(",")
+    names = [str(name).strip() for name in names]
+    if unknown := [name for name in names if name not in ("accuracy", "f1", "exact-match")]:
+        raise ValueError(f"expected accuracy, f1 or exact-match, got {unknown[0]!r}")
+    return [name for name in dict.fromkeys(names) if name != "accuracy"]

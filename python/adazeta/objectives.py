@@ -46,6 +46,7 @@ class GenerationObjective:
     """
 
     rows_per_example = 1
+    generates = True
 
     def __init__(self, tokenizer, function: Function | str, max_new_tokens: int = 32, stands_for=None):
         if isinstance(function, str) and function not in ANSWER_METRICS:
@@ -112,7 +113,7 @@ class ClassObjective:
         if hasattr(loss, "scores_at_copies"):
             self.losses_at_copies = self._at_copies
         if function == "f1":
-            self.of_probes = self._f1_of_probes
+            self.per_row, self.of_probes = self._outcomes, self._f1_of_probes
 
     @property
     def rows_per_example(self) -> int:
@@ -121,12 +122,12 @@ class ClassObjective:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B]`` float32 losses; with ``"f1"`` the batch is one probe's."""
-        found = self.per_row(model, batch)
+        found = self._outcomes(model, batch)
         return self._f1_of_probes(found[None, None, None], batch)[0, 0, 0] if self.function == "f1" else found
 
-    def per_row(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _outcomes(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return what a row yields by itself, ``[B]`` float32: its loss, or with ``"f1"`` its predicted class."""
-        return self._per_row(self.stands_for.scores(model, batch), batch, 1)
+        return self._of_scores(self.stands_for.scores(model, batch), batch, 1)
 
     def continuous(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return the cross entropy of every row, ``[B]`` float32: what a look at rounding can use."""
@@ -134,9 +135,9 @@ class ClassObjective:
 
     def _at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
         scores = self.stands_for.scores_at_copies(model, batch, copies)
-        return self._per_row(scores, batch, copies).view(-1, copies)
+        return self._of_scores(scores, batch, copies).view(-1, copies)
 
-    def _per_row(self, scores: torch.Tensor, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
+    def _of_scores(self, scores: torch.Tensor, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
         predicted, labels = scores.argmax(1), batch["labels"].repeat_interleave(copies)
         if self.function == "f1":
             found = predicted.float()
@@ -160,6 +161,29 @@ class ClassObjective:
         flat = predicted.nan_to_num().long().reshape(-1, rows)
         f1 = macro_f1(flat, labels.reshape(-1, rows), classes).view(groups, queries, signs, 1)
         return (1 - f1).expand_as(predicted).masked_fill(unknown.any(-1, keepdim=True), torch.nan)
+
+
+class CompletionAccuracy:
+    """The 0-1 loss of a completion: 0 where every token of the answer is the likeliest, where greedy generation gives
+    it. One forward tells, without generation.
+
+    Args:
+        loss: an ``adazeta.losses.Completion``, whose batches it takes.
+    """
+
+    rows_per_example = 1
+
+    def __init__(self, loss):
+        self.stands_for, self.positions_scored = loss, loss.positions_scored
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return ``[B]`` float32 losses."""
+        losses, right = self.stands_for.judge(model, batch)
+        return (~right).float().masked_fill(losses.isnan(), torch.nan)
+
+    def continuous(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the cross entropy of every row, ``[B]`` float32: what a look at rounding can use."""
+        return self.stands_for(model, batch)
 
 
 def rate(function: Function | str, prompt: str, completion: str, reference: Any) -> float:

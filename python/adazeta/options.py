@@ -25,6 +25,7 @@ from adazeta.kinds import (
     queries,
 )
 from adazeta.memory import read_size
+from adazeta.objective_options import MEASURED, OBJECTIVE
 from adazeta.option import Option
 from adazeta.options_data import DATA, SPLITTING, TASK
 from adazeta.options_private import PRIVATE
@@ -161,6 +162,7 @@ TRAINING = [
 EVALUATION = [
     Option("limit", positive, "first N examples of the split", shown="all"),
     Option("batch-size", positive, "examples a forward", 32),
+    *MEASURED,
 ]
 PLAN = [
     Option("batch-size", positive, "examples per step", 16),
@@ -170,11 +172,12 @@ PLAN = [
     Option("dtype", str, "number format", "float32", choices=("float32", "mixed", "bfloat16", "float16")),
     Option("memory-budget", read_size, "memory of a forward, such as 500MiB", shown="half of what is free"),
 ]
-TRAIN = [*MODEL, *DATA, *SPLITTING, *TASK, *ADAPTER, *METHOD, *TRAINING, *PRIVATE]
+TRAIN = [*MODEL, *DATA, *SPLITTING, *TASK, *OBJECTIVE, *ADAPTER, *METHOD, *TRAINING, *PRIVATE]
 GROUPS = {
     "model": MODEL,
     "data": [*DATA, *SPLITTING],
     "task": TASK,
+    "objective": OBJECTIVE,
     "adapter": ADAPTER,
     "zeroth-order method": METHOD,
     "training": TRAINING,

@@ -71,10 +71,8 @@ class Bar(TrainerCallback):
             self._eval.close()
             self._eval = None
         if self._train is not None and metrics and "eval_loss" in metrics:
-            accuracy = f", accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
-            self._train.write(
-                f"step {state.global_step}: dev loss {metrics['eval_loss']:.3f}{accuracy}", file=sys.stderr
-            )
+            values = ", ".join(f"{name} {value:.3f}" for name, value in measured(metrics).items())
+            self._train.write(f"step {state.global_step}: dev {values}", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._train.close()
@@ -85,9 +83,9 @@ class MetricsFile(TrainerCallback):
     """Append one JSON line per log and per evaluation to ``metrics.jsonl``; flushed, cut back on resume.
 
     Train lines: ``{"kind": "train", "step", "rows", "seconds", "loss", "zo/queries", ...}``, all that ``ZOTrainer``
-    logs; dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy"}``. ``rows`` counts
-    forward rows of training so far, ``seconds`` the time since training began, evaluations left out (a resumed run goes
-    on counting).
+    logs; dev lines: ``{"kind": "dev", "step", "rows", "seconds", "loss", "accuracy", ...}``, all that is measured.
+    ``rows`` counts forward rows of training so far, ``seconds`` the time since training began, evaluations left out (a
+    resumed run goes on counting).
     """
 
     def __init__(self, path: Path):
@@ -119,7 +117,7 @@ class MetricsFile(TrainerCallback):
         if self._stream is None:
             return
         self._since += (metrics or {}).get("eval_runtime", 0.0)
-        self.dev = {name: metrics[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in (metrics or {})}
+        self.dev = measured(metrics or {})
         self._write({**self._head("dev", state), **self.dev})
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -136,6 +134,12 @@ class MetricsFile(TrainerCallback):
         with disk_errors(self.path):
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
+
+
+def measured(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what an evaluation of the Trainer measured, without what it cost: loss, accuracy, f1, ..."""
+    names = (name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+    return {n: metrics[f"eval_{n}"] for n in names if n != "runtime" and not n.endswith("_per_second")}
 
 
 class Limits(TrainerCallback):

@@ -11,6 +11,7 @@ from typing import Any
 from adazeta import __version__
 
 MIB = 1 << 20
+PARTS = ("accuracy", "f1", "exact_match")  # metrics that are parts of one
 
 
 def table(rows: Sequence[Sequence[str]], *, header: bool = True) -> str:
@@ -37,20 +38,20 @@ def mib(count: int) -> str:
 
 
 def before_after(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> str:
-    """Return the accuracy and loss of each split, before and after.
+    """Return the accuracy, the loss and what else was measured of each split, before and after.
 
     Args:
         rows: ``(name of the split, metrics before, metrics after)`` with ``accuracy`` and ``loss``.
     """
     lines = [("", "before", "after", "change")]
     for name, before, after in rows:
-        change = 100 * (after["accuracy"] - before["accuracy"])
-        lines.append(
-            (f"accuracy, {name}", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}", f"{change:+.1f} pp")
-        )
-        lines.append(
-            (f"loss, {name}", f"{before['loss']:.3f}", f"{after['loss']:.3f}", f"{after['loss'] - before['loss']:+.3f}")
-        )
+        for key in [key for key in before if key in after]:
+            old, new = before[key], after[key]
+            if key in PARTS:
+                cells = f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f} pp"
+            else:
+                cells = f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}"
+            lines.append((f"{key.replace('_', ' ')}, {name}", *cells))
     return table(lines)
 
 

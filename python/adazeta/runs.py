@@ -195,12 +195,19 @@ class Classifier:
         return self.task.encode(self.tokenizer, examples, seq2seq=self.model.config.is_encoder_decoder, say=say)
 
     def evaluate(
-        self, examples: Sequence, *, batch_size: int = 32, progress=None, say: Say = lambda line: None
+        self,
+        examples: Sequence,
+        *,
+        batch_size: int = 32,
+        progress=None,
+        say: Say = lambda line: None,
+        measures=None,
     ) -> dict:
-        """Return accuracy, mean loss, predictions and probabilities on labelled examples."""
+        """Return accuracy, mean loss, what ``measures`` has, predictions and probabilities on labelled examples."""
         from adazeta.evaluate import evaluate
 
-        return evaluate(self.model, self.loss(), self.encode(examples, say), self.collator(), batch_size, progress)
+        rows = self.encode(examples, say)
+        return evaluate(self.model, self.loss(), rows, self.collator(), batch_size, progress, measures)
 
     def probabilities(
         self, examples: Sequence, *, batch_size: int = 32, say: Say = lambda line: None

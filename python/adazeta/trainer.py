@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import AutocastKwargs
 from accelerate.utils.memory import clear_device_cache
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from .arguments import check_arguments, check_trainer_arguments
@@ -155,6 +156,11 @@ class ZOTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
         )
         return self.accelerator.prepare(loader)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if eval_dataset is not None and hasattr(eval_dataset, "__len__"):
+            return SequentialSampler(eval_dataset)  # grouped by length, predictions would be in another order
+        return super()._get_eval_sampler(eval_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if model.training:

@@ -11,6 +11,7 @@ from typing import Any
 from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.files import disk_errors
+from adazeta.measures import Aim, Measures, aim_of, measures_of
 from adazeta.memory import Peak, resident_bytes
 from adazeta.options import section
 from adazeta.prepare import load_data, new_classifier, settle, settle_machine, settle_privacy, steps_of, zo_config
@@ -98,10 +99,12 @@ def fit(
     preset: str,
     folder: Path,
     *,
+    aim: Aim,
+    measures: Measures,
     resume: bool = False,
     say=lambda line: None,
 ) -> Outcome:
-    """Train the adapter and write adapter, card, journal and metrics to ``folder``.
+    """Train the adapter towards ``aim`` and write adapter, card, journal and metrics to ``folder``.
 
     Raises:
         UserError: wrong settings, a full disk, or losses that are never finite.
@@ -124,6 +127,13 @@ def fit(
         dev = classifier.encode(splits["dev"]).by_length()
     zo = zo_config(settings, preset, len(prompts))
     checkpoint = resume_from(folder, say) if resume and (folder / JOURNAL).is_file() else None
+    batch_size = settings["eval_batch_size"]
+
+    def metrics_of_dev(prediction) -> dict[str, float]:
+        predictions = prediction.predictions.argmax(-1)
+        further = measures(classifier.model, dev, predictions.tolist(), classifier.collator(), batch_size)
+        return {"accuracy": float((predictions == prediction.label_ids).mean()), **further}
+
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
     metrics = MetricsFile(folder / METRICS)
     try:
@@ -131,11 +141,11 @@ def fit(
             model=classifier.model,
             args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint),
             zo=zo,
-            loss=classifier.loss(),
+            loss=aim.loss(classifier.task, classifier.loss(), classifier.tokenizer),
             train_dataset=prompts,
             eval_dataset=dev or None,
             data_collator=classifier.collator(),
-            compute_metrics=accuracy,
+            compute_metrics=metrics_of_dev,
             callbacks=[Card(), metrics, Bar(), limits],
             journal="resume" if resume else True,
             identity={
@@ -145,6 +155,7 @@ def fit(
                 else json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
                 # The digest sorts keys, and the order of the classes is part of the task.
                 "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
+                **aim.identity,
             },
             about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
             fsync_every=settings["fsync_every"],
@@ -154,7 +165,7 @@ def fit(
         raise UserError(f"settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
     prefix, graphs = trainer.zeroth_order.prefix, trainer.zeroth_order.graphs
-    shared = prefix.describe() if prefix else ""
+    shared = prefix.describe() if prefix and not getattr(trainer.loss, "generates", False) else ""
     if shared:
         say(shared)
     others = bool(trainer.zeroth_order.others)
@@ -179,11 +190,6 @@ def fit(
         peak_bytes=peak.bytes,
         dev=metrics.dev,
     )
-
-
-def accuracy(prediction) -> dict[str, float]:
-    """Return the accuracy of class scores, for ``Trainer(compute_metrics=...)``."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def train(
@@ -219,11 +225,14 @@ def train(
             f"file, and measure them by `adazeta eval {output} --data FILE`"
         )
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
+    aim = aim_of(settings)
+    if aim.is_metric:
+        settings = {**settings, "metric": list(dict.fromkeys([*settings["metric"], aim.name]))}
     with open_partial(output, resume=resume, overwrite=overwrite) as partial:
-        return _train(settings, preset, splits, output, partial, resume=resume, test=test, say=say)
+        return _train(settings, preset, splits, aim, output, partial, resume=resume, test=test, say=say)
 
 
-def _train(settings, preset, splits, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
+def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory
@@ -236,16 +245,17 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     if resume and (partial / CARD).is_file() and (measured_then := read_json(partial / CARD).get("calibration")):
         classifier.card["calibration"] = measured_then
     settings = resolve_auto(classifier, splits["train"], settings, preset, say)
+    measures = measures_of(settings, classifier.task, classifier.tokenizer, aim.function)
     model_bytes = resident_bytes() or 0
     held_out = splits["test"] if test else []
     measured, memory = {}, {}
     if held_out:
-        measured["before"] = _evaluate(classifier, held_out, "test before", settings)
+        measured["before"] = _evaluate(classifier, held_out, measures, "test before", settings)
     if test:
         memory = measure_memory(classifier, splits["train"], settings, preset, model_bytes)
-    outcome = fit(classifier, splits, settings, preset, partial, resume=resume, say=say)
+    outcome = fit(classifier, splits, settings, preset, partial, aim=aim, measures=measures, resume=resume, say=say)
     if held_out:
-        measured["after"] = _evaluate(classifier, held_out, "test after", settings)
+        measured["after"] = _evaluate(classifier, held_out, measures, "test after", settings)
 
     lines = read_metrics(partial / METRICS)
     dev = [line for line in lines if line["kind"] == "dev"]
@@ -255,10 +265,11 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
         "task": to_dict(classifier.task),
         "base_model": classifier.card["base_model"],
         "preset": preset,
+        "objective": aim.name,
         "frozen": {key: classifier.card["settings"][key] for key in ("dtype", "gemm")},
         "seed": settings["seed"],
         "splits": {name: len(examples) for name, examples in splits.items()},
-        "test": {when: {key: result[key] for key in ("accuracy", "loss")} for when, result in measured.items()},
+        "test": {when: _numbers(result) for when, result in measured.items()},
         "dev": {"before": _numbers(dev[0]), "after": _numbers(dev[-1])} if dev else {},
         "training": {
             "steps": outcome.steps,
@@ -295,17 +306,21 @@ def _train(settings, preset, splits, output: Path, partial: Path, *, resume: boo
     return summary
 
 
-def _evaluate(classifier: Classifier, examples: Sequence, label: str, settings: Mapping[str, Any]) -> dict:
+def _evaluate(
+    classifier: Classifier, examples: Sequence, measures: Measures, label: str, settings: Mapping[str, Any]
+) -> dict:
     from adazeta.progress import progress_bar
 
     with progress_bar(len(examples), label, "rows") as bar:
-        result = classifier.evaluate(examples, batch_size=settings["eval_batch_size"], progress=bar.update)
+        size = settings["eval_batch_size"]
+        result = classifier.evaluate(examples, batch_size=size, progress=bar.update, measures=measures)
         bar.set_postfix_str(f"accuracy {result['accuracy']:.3f}, loss {result['loss']:.3f}")
     return result
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: line[name] for name in ("accuracy", "loss") if name in line}
+    names = ("accuracy", "loss", "f1", "exact_match", "score")
+    return {name: line[name] for name in names if name in line}
 
 
 def _shown(classifier: Classifier, examples: Sequence, measured: Mapping[str, Mapping[str, Any]]) -> list[dict]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
+from ..objective_options import MEASURED
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, SPLITTING, TASK
 from . import command, say, stay_offline
@@ -27,10 +28,11 @@ def add(commands) -> None:
 
 
 def _eval(arguments) -> int:
+    from ..measures import measures_of
     from ..progress import progress_bar
 
     values = resolve(vars(arguments), EVALUATION)
-    data = data_settings(arguments, [*DATA, *SPLITTING])
+    data = data_settings(arguments, [*DATA, *SPLITTING, *MEASURED])
     stay_offline(data["data"])
     if "data" not in vars(arguments) and Path(data["data"]).is_file():
         raise UserError(f"give --data with rows to measure on: the run was trained on {data['data']}")
@@ -40,12 +42,15 @@ def _eval(arguments) -> int:
     examples, what = _examples(classifier.task, data, arguments.split)
     examples = examples[: values["limit"]]
     with progress_bar(len(examples), "eval", "rows") as bar:
-        result = classifier.evaluate(examples, batch_size=values["batch_size"], progress=bar.update, say=say)
+        measures = measures_of(data, classifier.task, classifier.tokenizer)
+        size, update = values["batch_size"], bar.update
+        result = classifier.evaluate(examples, batch_size=size, progress=update, say=say, measures=measures)
+    numbers = {key: value for key, value in result.items() if isinstance(value, float)}
     if arguments.json:
-        numbers = {key: result[key] for key in ("accuracy", "loss")}
         print(json.dumps({"name": arguments.name, "data": what, "examples": len(examples), **numbers}))
     else:
-        print(f"accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}  ({len(examples):,} examples of {what})")
+        line = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+        print(f"{line}  ({len(examples):,} examples of {what})")
     return 0
 
 

@@ -34,6 +34,7 @@ def _demo(arguments) -> int:
 
 
 def _run_training(arguments, config: str | None, defaults: dict) -> int:
+    from ..own_function import check_named
     from ..runs import CARD, read_json
 
     flags = vars(arguments)
@@ -44,6 +45,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     if arguments.resume and (partial / CARD).is_file():
         card = read_json(partial / CARD)
         stored, preset = card.get("settings"), card.get("preset", preset)
+    check_named(stored, flags, from_file)
     settings = resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored)
     stay_offline(settings["data"], settings["dev_data"])
 

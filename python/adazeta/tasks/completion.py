@@ -34,21 +34,22 @@ class CompletionTask(AnswerTask):
         prompts = encode_prompts(tokenizer, self.template, [e.content for e in examples], self.max_tokens, say=say)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, e.label) + end for e in examples]
+        references = [list(e.references) or [e.label] for e in examples]
         if seq2seq:
-            return Prompts(prompts, answers)
+            return Prompts(prompts, answers, references=references)
         rows = [(prompt + answer, [-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
-        return Prompts([ids for ids, _ in rows], [labels for _, labels in rows])
+        return Prompts([ids for ids, _ in rows], [labels for _, labels in rows], references=references)
 
-    def generate(self, model, tokenizer, texts: Sequence, *, max_new_tokens: int = 64) -> list[str]:
+    def generate(
+        self, model, tokenizer, texts: Sequence, *, max_new_tokens: int = 64, batch_size: int = 16
+    ) -> list[str]:
         """Return the model's greedy answer to every text (or columns by name), with a key-value cache."""
-        import torch
+        from adazeta.data import RightPad, on_device
+        from adazeta.generation import generate_answers
 
-        answers = []
-        for ids in encode_prompts(tokenizer, self.template, texts, self.max_tokens):
-            prompt = torch.tensor([ids], device=next(model.parameters()).device)
-            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-            out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)[0]
-            if not model.config.is_encoder_decoder:
-                out = out[len(ids) :]
-            answers.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+        prompts, answers = encode_prompts(tokenizer, self.template, texts, self.max_tokens), []
+        device = next(model.parameters()).device
+        for first in range(0, len(prompts), batch_size):
+            batch = RightPad(0)([{"input_ids": ids} for ids in prompts[first : first + batch_size]])
+            answers += generate_answers(model, tokenizer, on_device(batch, device), max_new_tokens)
         return answers

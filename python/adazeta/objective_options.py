@@ -1,0 +1,28 @@
+"""The settings of what is aimed at and what is measured."""
+
+from __future__ import annotations
+
+from adazeta.kinds import metrics, objective, positive
+from adazeta.option import Option
+
+MEASURED = [
+    Option(
+        "metric",
+        metrics,
+        "measured next to loss and accuracy, separated by commas: f1 (macro average over classes; of answers that of "
+        "their words, as for SQuAD) or exact-match (of answers, as for SQuAD)",
+        [],
+        shown="what --objective names; of a run, what was measured in training",
+    ),
+    Option("max-new-tokens", positive, "most tokens of an answer that is generated", 32),
+]
+OBJECTIVE = [
+    Option(
+        "objective",
+        objective,
+        "what training makes better: loss, accuracy, f1, exact-match, or FILE.py:function, your own score(prompt, "
+        "completion, reference), higher is better; the file is run",
+        "loss",
+    ),
+    *MEASURED,
+]
