@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from tiny import lm_batch, tiny_llama
 from tiny_run import write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adazeta import TTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,6 +79,19 @@ def test_the_guide_trains_parameters_that_are_no_adapters(tmp_path, monkeypatch)
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
     for path in re.findall(r"python (scripts/\w+\.py)", section):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_guide_aims_at_a_function(tmp_path):
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    section = guide.split("\n## Your own objective\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    folder = write_model(tmp_path / "model")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), TTConfig(rank=2, bottleneck=8))
+    batches = [(["a warm film", "dull"], ["yes", "no"])] * 2
+    names = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder), "batches": batches}
+    exec(compile(example, "guide.md", "exec"), names)
+    assert names["opt"].step_index == 2 and names["opt"].rows == 2 * 8 * 2 * 2
+    assert 1 <= names["loss"] < 1.2  # nothing right yet, and a hundredth for each letter
 
 
 @pytest.mark.parametrize(
