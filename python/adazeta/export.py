@@ -233,6 +233,7 @@ def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes biases for parts of sharded weights
         exported.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card, which names local folders
 
 
 def _check_mergeable(model, updates: dict[str, LinearUpdate], layers: dict[str, nn.Module]) -> None:

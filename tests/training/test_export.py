@@ -88,6 +88,7 @@ def test_a_lora_is_the_adapter(tmp_path, case):
     assert settings.r == settings.lora_alpha == 2
     assert settings.lora_bias == ("bias" not in config)
     assert "largest difference" in notes[-1]
+    assert not (tmp_path / "lora" / "README.md").exists()  # PEFT's, with the path of the base model
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora", "run"]
 
 
