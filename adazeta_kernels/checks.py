@@ -16,6 +16,7 @@ from adazeta_kernels.layout import TTAdapterLayout
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
 DISTRIBUTIONS = ("gaussian", "rademacher")
 INDEX_END = 2**63
+_FLOAT32_END = 2.0**128
 
 _RANDOM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,10 +38,11 @@ def is_layout(op: str, value) -> None:
         raise TypeError(f"{op}: layout must be a TTAdapterLayout, got {type(value).__name__}")
 
 
-def are_names(op, distribution, backend):
+def are_names(op: str, backend, **names) -> None:
     """Check what the dispatcher would refuse in its own words."""
-    if not isinstance(distribution, str):
-        raise TypeError(f"{op}: distribution must be a string, got {distribution!r}")
+    for name, value in names.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{op}: {name} must be a string, got {value!r}")
     if not (backend is None or isinstance(backend, str)):
         raise TypeError(f"{op}: backend must be a string or None, got {backend!r}")
 
@@ -56,8 +58,10 @@ def finite(op: str, name: str, value) -> float:
     if not number or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {value!r} of type {type(value).__name__}")
     # While torch.compile traces, a number may be symbolic; the op then checks its value when it runs.
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+    if not torch.compiler.is_compiling():
+        if not abs(number := value if isinstance(value, int) else float(value)) < _FLOAT32_END:  # NaN compares as False
+            where = " in float32" if abs(number) < math.inf else ""
+            raise ValueError(f"{op}: {name} must be finite{where}, got {value!r}")
     return float(value)
 
 
@@ -211,6 +215,7 @@ def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, seeds, scales, star
     count = adapters("tt_factors", count)
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"tt_factors: theta must be float32 or float64, got {_name(theta.dtype)}")
+    _dense("tt_factors", "theta", theta)
     numel = layout.numel * (count or 1)
     if theta.dim() != 1 or theta.shape[0] != numel:
         of = "" if count is None else f" for {count} adapters"
@@ -263,10 +268,16 @@ def low_rank_linear(x: torch.Tensor, base: torch.Tensor, A: torch.Tensor, B: tor
 def _tokens(op, name, x):
     if x.dtype not in _MATMUL_DTYPES:
         raise TypeError(f"{op}: {name} has dtype {_name(x.dtype)}, expected {_names(_MATMUL_DTYPES)}")
+    _dense(op, name, x)
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} must have shape (P, T, d), probes first, got {tuple(x.shape)}")
     if x.shape[0] < 1:
         raise ValueError(f"{op}: {name} has no probes, expected at least one, got shape {tuple(x.shape)}")
+
+
+def _dense(op, name, tensor):
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{op}: {name} of shape {tuple(tensor.shape)} is {tensor.layout}, expected torch.strided")
 
 
 def _factor_dims(op, **pair):
@@ -290,6 +301,7 @@ def _per_probe(op, x, **expected):
                 f"{op}: {name} is {_name(tensor.dtype)}, expected {_names(allowed)} for x of {_name(x.dtype)}: factors "
                 "are never rounded, or a small perturbation is lost"
             )
+        _dense(op, name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device} as x")
         if tuple(tensor.shape) != shape:

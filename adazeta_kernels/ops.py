@@ -77,7 +77,7 @@ def fill_normal_(
     """
     checks.is_tensor("fill_normal_", "out", out)
     signed, offset = checks.seed("fill_normal_", seed), checks.offset("fill_normal_", offset)
-    checks.are_names("fill_normal_", distribution, backend)
+    checks.are_names("fill_normal_", backend, distribution=distribution)
     checks.no_leaf_in_grad_mode("fill_normal_", (out,))
     _call("fill_normal_", out, signed, offset, distribution, backend)
     return out
@@ -146,7 +146,7 @@ def perturb_(
     checks.are_tensors("perturb_", "params", params)
     seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
-    checks.are_names("perturb_", distribution, backend)
+    checks.are_names("perturb_", backend, distribution=distribution)
     checks.no_leaf_in_grad_mode("perturb_", params)
     _call("perturb_", params, seeds, scales, offset, decay, distribution, backend)
 
@@ -223,7 +223,7 @@ def tt_factors(
     checks.is_layout("tt_factors", layout)
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
     offset, adapters = checks.offset("tt_factors", offset), checks.adapters("tt_factors", adapters)
-    checks.are_names("tt_factors", distribution, backend)
+    checks.are_names("tt_factors", backend, distribution=distribution)
     if dispatch.any_requires_grad(theta):
         checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
         checks.finite_scales("tt_factors", scales)
@@ -301,6 +301,7 @@ def tt_adapter(
     checks.is_tensor("tt_adapter", "x", x)
     checks.is_tensor("tt_adapter", "factors", factors)
     checks.is_layout("tt_adapter", layout)
+    checks.are_names("tt_adapter", backend, act=act)
     scale = checks.finite("tt_adapter", "scale", scale)
     if dispatch.any_requires_grad(x, factors):
         checks.tt_adapter(x, factors, layout, act, scale)
@@ -364,6 +365,7 @@ def tt_linear(
         checks.is_tensor("tt_linear", name, value)
     if bias is not None:
         checks.is_tensor("tt_linear", "bias", bias)
+    checks.are_names("tt_linear", backend)
     if dispatch.any_requires_grad(x, L, R, bias):
         checks.tt_linear(x, L, R, bias)
         return dispatch.differentiable("tt_linear", backend)(x, L, R, bias)
@@ -424,6 +426,7 @@ def low_rank_linear(
     """
     for name, value in (("x", x), ("base", base), ("A", A), ("B", B)):
         checks.is_tensor("low_rank_linear", name, value)
+    checks.are_names("low_rank_linear", backend)
     scale = checks.finite("low_rank_linear", "scale", scale)
     if dispatch.any_requires_grad(x, base, A, B):
         checks.low_rank_linear(x, base, A, B)

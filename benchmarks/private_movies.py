@@ -12,6 +12,9 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,7 +32,7 @@ from adazeta.privacy import PoissonBatches, Privacy  # noqa: E402
 from adazeta.report import machine, table  # noqa: E402
 
 SETTINGS = {"queries": 32, "eps": 0.5, "lr": 1.0, "combine": "mean", "distribution": "rademacher"}
-BATCH, STEPS, CLIP, DELTA, SCALE = 256, 150, 20.0, 1e-5, 8.0
+BATCH, STEPS, CLIP, DELTA, SCALE = 256, 100, 20.0, 1e-5, 8.0
 
 
 def features(folder: Path, examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,10 +76,24 @@ def accuracy(head, data) -> float:
         return float((head(data[0]).argmax(1) == data[1]).float().mean())
 
 
+def run(train_data, test_data, epsilon: float | None, seed: int) -> dict:
+    """Return the accuracy on ``test_data`` after training with one epsilon and seed, and what was spent."""
+    torch.set_num_threads(1)
+    if epsilon is None:
+        return {"accuracy": accuracy(train(train_data, None, seed), test_data)}
+    sizes = {"batch_size": BATCH, "examples": len(train_data[1]), "delta": DELTA}
+    privacy = Privacy.for_epsilon(epsilon, steps=STEPS, clip=CLIP, **sizes)
+    spent = {"epsilon": privacy.epsilon(STEPS), "renyi_epsilon": privacy.renyi_epsilon(STEPS)}
+    assert spent["epsilon"] <= epsilon and spent["epsilon"] <= spent["renyi_epsilon"], spent
+    noise = {"noise_multiplier": privacy.noise_multiplier}
+    return {"accuracy": accuracy(train(train_data, privacy, seed), test_data), **noise, **spent}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epsilon", type=float, nargs="*", default=[0.1, 0.5, 2.0], metavar="X")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--features", type=Path, metavar="FILE", help="keep the encoder's outputs here")
     parser.add_argument("--output", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -88,18 +105,14 @@ def main() -> None:
         if arguments.features:
             torch.save(encoded, arguments.features)
     train_data, test_data = encoded["train"], encoded["test"]
-    sizes = {"batch_size": BATCH, "examples": len(train_data[1]), "delta": DELTA}
-    lines, start = [], time.monotonic()
-    for epsilon in [*arguments.epsilon, None]:
-        privacy = None
-        if epsilon is not None:
-            privacy = Privacy.for_epsilon(epsilon, steps=STEPS, clip=CLIP, **sizes)
-        found = [accuracy(train(train_data, privacy, seed), test_data) for seed in range(arguments.seeds)]
-        lines.append({"asked": epsilon, "accuracy": found})
-        if privacy:
-            spent = {"epsilon": privacy.epsilon(STEPS), "renyi_epsilon": privacy.renyi_epsilon(STEPS)}
-            lines[-1] |= {"noise_multiplier": privacy.noise_multiplier, **spent}
-            assert spent["epsilon"] <= epsilon and spent["epsilon"] <= spent["renyi_epsilon"], spent
+    start, epsilons = time.monotonic(), [*arguments.epsilon, None]
+    cases = [(epsilon, seed) for epsilon in epsilons for seed in range(arguments.seeds)]
+    with ProcessPoolExecutor(arguments.workers, get_context("fork")) as pool:
+        found = list(pool.map(partial(run, train_data, test_data), *zip(*cases)))
+    lines = []
+    for epsilon in epsilons:
+        own = [result for case, result in zip(cases, found) if case[0] == epsilon]
+        lines.append({**own[0], "asked": epsilon, "accuracy": [result["accuracy"] for result in own]})
     shown = [("epsilon asked", "spent", "by Renyi", "noise", "accuracy")]
     for line in lines:
         spread = stdev(line["accuracy"]) if len(line["accuracy"]) > 1 else 0.0
@@ -112,7 +125,7 @@ def main() -> None:
             "steps": STEPS,
             "clip": CLIP,
             "feature_length": SCALE,
-            **sizes,
+            **{"batch_size": BATCH, "examples": len(train_data[1]), "delta": DELTA},
             "test": len(test_data[1]),
         }
         result = {"settings": settings, "runs": lines, "seconds": time.monotonic() - start, "machine": machine()}

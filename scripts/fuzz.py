@@ -14,7 +14,6 @@ or two minutes, counts as a hang. The first case that fails is printed with its 
 import argparse
 import copy
 import json
-import math
 import random
 import resource
 import shutil
@@ -28,12 +27,13 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "python"), str(ROOT / "tests" / "training")]
+sys.path += [str(ROOT), str(ROOT / "python"), str(ROOT / "tests" / "training"), str(ROOT / "scripts")]
+
+from fuzz_ops import ODD, Operations  # noqa: E402
 
 from adazeta import TTConfig, UserError, ZOConfig  # noqa: E402
 from adazeta.digests import sha256_of  # noqa: E402
@@ -45,10 +45,8 @@ from adazeta.options import RUN, TRAIN, read_yaml, resolve, section  # noqa: E40
 from adazeta.replay import rebuild_initial, replay  # noqa: E402
 from adazeta.runs import ADAPTER, attach_adapter  # noqa: E402
 from adazeta.update import Step  # noqa: E402
-from adazeta_kernels import TTAdapterLayout, derive_seeds, fill_normal_, perturb_, tt_factors  # noqa: E402
+from adazeta_kernels import TTAdapterLayout  # noqa: E402
 
-ODD = (None, True, False, 0, 1, -1, 2, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e39, math.inf, -math.inf, math.nan)
-ODD += ("", "x", "1", "é\x00", [], [1], ["x"], {}, {"a": 1}, [[]], [0] * 50)
 LINUX = sys.platform == "linux"
 REFUSALS = (ValueError, TypeError, UserError)
 
@@ -230,53 +228,6 @@ class Configs:
         preset = values["preset"]
         ZOConfig(**section("zo", values, preset))
         TTConfig(**section("tt", values, preset))
-
-
-class Operations:
-    """Arguments of the ops: odd values, shapes and dtypes."""
-
-    def __init__(self, work: Path):
-        self.layout = TTAdapterLayout.auto(32, 8, 2)
-
-    def make(self, chance: random.Random) -> bytes:
-        return struct.pack("<Q", chance.getrandbits(64))
-
-    def run(self, content: bytes) -> None:
-        chance = random.Random(content)
-        odd = (*ODD, torch.zeros(0), torch.zeros(2), np.float32(1), 2**64 - 1)
-
-        def either(*good):
-            return chance.choice(good if chance.random() < 0.7 else odd)
-
-        def tensor():
-            shape = chance.choice(((), (0,), (7,), (3, 5), (self.layout.numel,)))
-            value = torch.zeros(shape, dtype=chance.choice((torch.float32, torch.bfloat16, torch.float16, torch.int32)))
-            return chance.choice((value, value, value.t() if value.ndim == 2 else value, value.clone().requires_grad_()
-                                  if value.is_floating_point() else value))  # fmt: skip
-
-        distribution, backend = either("gaussian", "rademacher"), either(None, None, "reference", "native", "auto")
-        offset = either(0, 5, 2**40, -1)
-        name = chance.randrange(4)
-        try:
-            if name == 0:
-                keywords = {"offset": offset, "distribution": distribution, "backend": backend}
-                fill_normal_(either(tensor()), either(0, 2**64 - 1), **keywords)
-            elif name == 1:
-                tensors, seeds = either([tensor() for _ in range(chance.randrange(4))]), either([], [1], [1, 2**64 - 1])
-                keywords = {"offset": offset, "decay": either(1.0, 0.5), "distribution": distribution}
-                perturb_(tensors, seeds, either([], [0.5], [0.5, 1.0]), backend=backend, **keywords)
-            elif name == 2:
-                keywords = {"offset": offset, "adapters": either(None, 1, 2), "distribution": distribution}
-                tt_factors(
-                    either(tensor()), either(self.layout), either([1]), either([0.1]), backend=backend, **keywords
-                )
-            else:
-                derive_seeds(
-                    either(0, 2**64 - 1), either(0, 2**63), chance.choice((0, 3, 40, 2**33, -1, 1.5, "3", None))
-                )
-        except RuntimeError as error:  # a named backend that cannot run the call
-            if "backend" not in str(error) or "Declaration:" in str(error):
-                raise AssertionError(f"RuntimeError: {error}") from error
 
 
 TARGETS = {"journal": Journals, "adapter": Adapters, "config": Configs, "ops": Operations}

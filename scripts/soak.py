@@ -38,6 +38,7 @@ from adazeta.runs import ADAPTER, is_run, resumable  # noqa: E402
 
 WAYS = ("clock", "torn record", "before the update", "before a rename", "after a rename", "full disk")
 EVERY = 5  # steps between checkpoints
+CRASH = "crash.txt"  # why a life ended by itself
 
 
 class Loop:
@@ -90,7 +91,7 @@ class Command:
         write_data(world / "data.jsonl")
         flags = f"--steps {self.steps} --batch-size 4 --queries 2 --rank 2 --bottleneck 8 --sites mlp --eval-limit 4"
         where = ["--model", str(world / "base"), "--data", str(world / "data.jsonl")]
-        self.flags = ["train", *where, *flags.split(), "--save-every", str(EVERY), "--deterministic"]
+        self.flags = ["train", *where, *flags.split(), "--save-every", str(EVERY), "--deterministic", "--debug"]
 
     def journal(self, folder: Path) -> Path:
         return folder / "run.partial" / NAME if (folder / "run.partial").exists() else folder / "run" / NAME
@@ -195,11 +196,10 @@ def live(run, folder: Path, acknowledged: mmap.mmap, way: str, seed: int, second
                 arrange(way, chance, run.steps, run.journal(folder))
             run.live(folder, lambda steps: acknowledged.__setitem__(slice(0, 8), struct.pack("<Q", steps)))
             status = 0
-        except UserError:
-            status = 2
-        except BaseException:
+        except BaseException as error:
+            status = 2 if isinstance(error, UserError) else 9
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            (folder.parent / "crash.txt").write_text(traceback.format_exc())
+            (folder.parent / CRASH).write_text(traceback.format_exc())
         finally:
             os._exit(status)
     if way == "clock":
@@ -233,7 +233,7 @@ def soak(run, work: Path, *, kills: int, minutes: float = 0.0, seed: int = 0, sa
         counts["differing"] += not expected[0].startswith(whole)
         if ending == "crashed" or (ending == "refused" and way != "full disk"):
             counts["crashes"] += 1
-            text = (work / "crash.txt").read_text() if (work / "crash.txt").exists() else ""
+            text = (work / CRASH).read_text() if (work / CRASH).exists() else ""
             say(f"seed {seed}: {way!r} in {folder} ended by itself ({ending})\n{text}")
             break
         if ending != "through":

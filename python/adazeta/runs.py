@@ -294,8 +294,9 @@ def _of_a_run(folder: Path) -> bool:
     """Return whether training wrote to the folder, however soon it ended."""
     from adazeta.journal import INITIAL_NAME, NAME
 
-    written = (CARD, METRICS, NAME, INITIAL_NAME)
-    return any((folder / name).is_file() for name in written) or any(folder.glob("checkpoint-*"))
+    # A process that is killed before it renames its first file leaves the temporary one.
+    written = [name for own in (CARD, METRICS, NAME, INITIAL_NAME) for name in (own, f".{own}.*.tmp")]
+    return any(path.is_file() for name in written for path in folder.glob(name)) or any(folder.glob("checkpoint-*"))
 
 
 def resumable(folder: Path) -> bool:

@@ -66,6 +66,14 @@ def test_a_file_has_no_test_split(world, capsys):
     assert not (world / "run").exists() and not (world / "run.partial").exists()
 
 
+def test_a_run_killed_before_its_first_rename_begins_anew(tmp_path):
+    partial = tmp_path / "run.partial"
+    partial.mkdir()
+    (partial / ".journal.azj.123.tmp").write_bytes(b"AZJ2")
+    with open_partial(tmp_path / "run", resume=False, overwrite=False) as folder:
+        assert folder == partial and not list(partial.iterdir())
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_partial_folder_that_is_not_ours_stays(tmp_path, overwrite):
     partial = tmp_path / "run.partial"
