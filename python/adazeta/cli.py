@@ -27,7 +27,7 @@ from adazeta.commands import (
     templates,
     train,
 )
-from adazeta.errors import UserError
+from adazeta.errors import ToldEverywhere, UserError
 
 COMMANDS = [train, calibrate, eval, predict, templates, export, info, compare, plot, replay, journal, fetch]
 
@@ -47,17 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not arguments.may_go_online:
         commands.stay_offline()
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
         if arguments.debug:
             raise
         close_bars()
-        print(f"adazeta: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if first or not isinstance(error, ToldEverywhere):
+            print(f"adazeta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         close_bars()
-        print("adazeta: stopped", file=sys.stderr)
+        if first:
+            print("adazeta: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

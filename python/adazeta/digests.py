@@ -4,8 +4,11 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+
+import adazeta_kernels
 
 from .frozen import named_parameters
 
@@ -38,6 +41,15 @@ def json_sha256(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def code_sha256() -> str:
+    """Return the SHA-256 of the Python source of both packages: what runs here, whatever its version says."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(adazeta_kernels.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) -> str:
     """Return a digest of the frozen weights of ``model``, the same in float32 and bfloat16, packed or not.
@@ -56,6 +68,8 @@ def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) ->
             continue
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         if parameter.device.type != "meta":
+            if hasattr(parameter, "full_tensor"):  # split over processes, which all come here together
+                parameter = parameter.full_tensor()
             flat = parameter.detach().reshape(-1)
             sample = flat[:: -(-flat.numel() // SAMPLES) or 1]
             digest.update(_bytes(sample.to(torch.bfloat16) if sample.is_floating_point() else sample))

@@ -2,29 +2,41 @@
 
 Ranks form a grid of data x queries. Ranks of one row hold the same examples and share out the step's queries, so that
 each direction is probed by one of them; ranks of one column probe the same directions on examples of their own. One
-all-gather per step brings everybody 8 bytes per query and 48 more from every rank; all then make the same update, which
+all-gather per step brings everybody 8 bytes per query and 56 more from every rank; all then make the same update, which
 a digest of theta in the same message checks every few steps::
 
-    torch.distributed.init_process_group("gloo")  # torchrun sets the rest
-    opt = ZerothOrder(model, queries=16, ranks=Ranks())
+    ranks = join()  # None where torchrun did not start several processes
+    opt = ZerothOrder(model, queries=16, ranks=ranks)
     open_journal(opt, "run/journal.azj")
 
 Source: design after MeZO's seeds (arXiv 2305.17333): a step is known by its seeds and scalars.
 """
 
 import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .digests import code_sha256
+from .errors import ToldEverywhere, UserError
 from .journal import read
 from .journal_format import difference, shown
+from .probes import batch_size
 from .recording import describe_run
+from .replay import initial_values
 from .update import Trainable
 
-_HEAD = 6  # numbers ahead of those of the queries: rows of a probe, loss sum, finite losses, rows, losses, digest
+_HEAD = 7  # numbers ahead of those of the queries: rows of a probe, loss sum, finite losses, rows, losses, digest, stop
+TIMEOUT = timedelta(minutes=30)  # rank 0 may evaluate while the others wait for it
+LATE, INTERRUPTED = 1, 2  # why a rank wants to stop
 
 
 @dataclass
@@ -54,6 +66,9 @@ class Ranks:
         check_every: steps after which all ranks compare a digest of theta.
         group: a process group of ``torch.distributed``; all ranks by default.
 
+    ``stop`` is this rank's wish to end the run, for a reason that others do not see, such as a clock: ``LATE`` or
+    ``INTERRUPTED``. It goes out with the next message; then ``stopping`` is the same on all ranks, the largest wish.
+
     Raises:
         ValueError: the number of ranks is no multiple of ``data``.
     """
@@ -65,6 +80,7 @@ class Ranks:
         if check_every < 1:
             raise ValueError(f"check_every must be at least 1, got {check_every}")
         self.data, self.columns, self.check_every = data, self.size // data, check_every
+        self.stop = self.stopping = 0
         # A group of NCCL alone carries what is on the GPU. Untested: no machine with one was at hand.
         self._device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
@@ -72,6 +88,12 @@ class Ranks:
         """Return the queries (of each group) that a rank, by default this one, probes; maybe none."""
         column = (self.rank if rank is None else rank) % self.columns
         return range(column * number // self.columns, (column + 1) * number // self.columns)
+
+    def part(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this rank's examples of a batch that all ranks hold; maybe none. Other values pass through."""
+        number, row = batch_size(batch), self.rank // self.columns
+        own = slice(row * number // self.data, (row + 1) * number // self.data)
+        return {name: value[own] if torch.is_tensor(value) and value.ndim else value for name, value in batch.items()}
 
     def gather(
         self, losses: torch.Tensor, queries: int, step: int, digest: int, rows: int, *, central: bool
@@ -98,12 +120,13 @@ class Ranks:
         finite = losses[torch.isfinite(losses)].double()
         most = groups * max(len(self.queries(queries, rank)) for rank in range(self.columns))
         message = torch.zeros(_HEAD + most, dtype=torch.float64)
-        head = (rows_per_probe, float(finite.sum()), len(finite), rows, losses.numel(), digest)
+        head = (rows_per_probe, float(finite.sum()), len(finite), rows, losses.numel(), digest, self.stop)
         message[:_HEAD] = torch.tensor(head, dtype=torch.float64)
         message[_HEAD : _HEAD + len(own)] = own
-        received = self._exchange(message)
+        received = self._exchange(message, f"step {step}")
         heads = received[:, :_HEAD]
         self._check(heads, step)
+        self.stopping = int(heads[:, 6].max())
         total = torch.zeros(groups, queries, signs, dtype=torch.float64)
         for rank, part in enumerate(received):
             mine = self.queries(queries, rank)
@@ -120,16 +143,27 @@ class Ranks:
         Raises:
             RuntimeError: they are not.
         """
-        sizes = self._exchange(torch.tensor([examples])).flatten().tolist()
+        sizes = self._exchange(torch.tensor([examples]), f"step {step}").flatten().tolist()
         if len(set(sizes)) > 1:
             raise RuntimeError(f"step {step}: ranks that share queries got batches of {[sizes]} examples")
 
-    def _exchange(self, message: torch.Tensor) -> torch.Tensor:
+    def _exchange(self, message: torch.Tensor, when: str) -> torch.Tensor:
         """Return the messages of all ranks, ``[ranks, length]``; all have to be of one length."""
         message = message.to(self._device)
         received = [torch.empty_like(message) for _ in range(self.size)]
-        dist.all_gather(received, message, group=self.group)
+        with self._reaching(when):
+            dist.all_gather(received, message, group=self.group)
         return torch.stack(received).cpu()
+
+    @contextmanager
+    def _reaching(self, when: str):
+        try:
+            yield
+        except RuntimeError as error:  # gloo and NCCL have no kind of their own
+            raise UserError(
+                f"{when}: rank {self.rank} no longer reaches the other ranks ({_reason(error)}); one of them may say "
+                "why; start all again, they go on from the journal"
+            ) from error
 
     def _check(self, heads: torch.Tensor, step: int) -> None:
         digests = heads[:, 5].tolist()
@@ -152,39 +186,144 @@ class Ranks:
         if self.data > 1 and optimizer.directions != "batch":
             raise ValueError(f"data is spread over ranks that share directions='batch', got {optimizer.directions!r}")
 
-    def agree(self, optimizer) -> None:
+    def agree(self, optimizer, identity: Mapping[str, Any] | None = None) -> None:
         """Check that all ranks run the same code with the same settings on the same weights.
+
+        Args:
+            optimizer: a ``ZerothOrder``.
+            identity: further JSON values that have to be the same, such as a digest of the data.
 
         Raises:
             UserError: on every rank, naming the first entry that differs.
         """
-        header, _ = describe_run(optimizer, {"data_ranks": self.data, "ranks": self.size})
-        headers: list = [None] * self.size
-        dist.all_gather_object(headers, header, group=self.group)
-        for rank, other in enumerate(headers):
-            key = difference(headers[0], other)
-            for name in ("initial_sha256", "software"):
-                if not key and headers[0][name] != other[name]:
+        grid = {"data_ranks": self.data, "ranks": self.size}
+        own = {**optimizer.defaults, **grid, **(identity or {})}
+        header = self.together(lambda: {**describe_run(optimizer, own)[0], "code": code_sha256()}, "start")
+        all_headers = self.gather_objects((header, optimizer.step_index), "start")
+        first, first_step = all_headers[0]
+        for rank, (other, step) in enumerate(all_headers):
+            key = difference(first, other)
+            # A rank that has loaded a checkpoint has other numbers than one that is to take them from the journal.
+            for name in ("initial_sha256", "software") if step == first_step else ("software",):
+                if not key and first[name] != other[name]:
                     key = name
             if key:
-                raise UserError(
-                    f"rank {rank} has another {key} than rank 0: {shown(other, key)}, expected {shown(headers[0], key)}"
+                raise ToldEverywhere(
+                    f"rank {rank} has another {key} than rank 0: {shown(other, key)}, expected {shown(first, key)}"
                 )
 
-    def share(self, value):
+    def together(self, work: Callable[[], Any], when: str) -> Any:
+        """Return ``work()``; where it fails on a rank it fails on all, which else would wait for that rank.
+
+        Args:
+            work: what every rank does; nothing in it may wait for other ranks.
+            when: what it is, for the error where a rank can't be reached.
+
+        Raises:
+            ToldEverywhere: ``work`` raised a ``UserError`` on a rank; on every rank, naming the first such.
+            RuntimeError: it raised something else.
+        """
+        result = failure = told = None
+        try:
+            result = work()
+        except Exception as error:  # of any kind: the others wait to be told
+            failure, kind = error, ToldEverywhere if isinstance(error, UserError) else RuntimeError
+            told = kind, f"{error}" if kind is ToldEverywhere else f"{type(error).__name__}: {error}"
+        for rank, other in enumerate(self.gather_objects(told, when)):
+            if other is not None:
+                kind, text = other
+                raise kind(f"rank {rank}: {text}") from failure
+        return result
+
+    def gather_objects(self, value, when: str) -> list:
+        """Return the values of all ranks."""
+        values: list = [None] * self.size
+        with self._reaching(when):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def share(self, value, when: str):
         """Return rank 0's ``value`` on every rank."""
         values, source = [value], dist.get_global_rank(self.group or dist.group.WORLD, 0)
-        dist.broadcast_object_list(values, src=source, group=self.group)
+        with self._reaching(when):
+            dist.broadcast_object_list(values, src=source, group=self.group)
         return values[0]
 
 
-def open_journal(optimizer, path: str | os.PathLike, resume: bool = False, **keywords) -> None:
+def join(data: int = 1, *, timeout: timedelta = TIMEOUT, **keywords) -> Ranks | None:
+    """Return the place of this process among those that ``torchrun`` started; None where it started no other.
+
+    A process group that there is already is taken, of gloo or NCCL. Else one of gloo is begun, on GPUs too: messages of
+    a hundred bytes gain nothing there.
+
+    Args:
+        data, **keywords: those of ``Ranks``.
+        timeout: how long a rank waits for the others, at first and in every exchange.
+
+    Raises:
+        UserError: the others did not come.
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(_life(store, rank, size, timeout), store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            where = f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}"
+            raise UserError(
+                f"{where} cannot join the others ({_reason(error)}); torchrun starts all of them"
+            ) from error
+    return Ranks(data, **keywords)
+
+
+def _life(store, rank: int, size: int, timeout: timedelta) -> str:
+    """Return a name that rank 0 makes up and gives to the other ranks that live now.
+
+    The store of torchrun outlives restarts, with the addresses of processes that are gone (pytorch issue 135712); under
+    a name of their own the living don't find them. Rank 0 answers all questions, those of the dead too, until all ranks
+    say that they have its answer.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"asked/{store.add('asked', 1)}", name)
+        life = store.get(f"answer/{name}").decode()
+        store.set(f"{life}/{rank}", "here")
+        return life
+    life, answered, until = uuid.uuid4().hex, set(), time.monotonic() + timeout.total_seconds()
+    while not store.check([f"{life}/{other}" for other in range(1, size)]):
+        for question in {f"asked/{n + 1}" for n in range(store.add("asked", 0))} - answered:
+            if store.check([question]):  # else who asks is about to say its name, or died before
+                store.set(f"answer/{store.get(question).decode()}", life)
+                answered.add(question)
+        if time.monotonic() > until:
+            raise RuntimeError(f"not all of {size} came within {timeout}")
+        time.sleep(0.02)
+    return life
+
+
+def _reason(error: Exception) -> str:
+    """Return what gloo or NCCL says, without where in their source and without advice."""
+    line = re.sub(r"\[/[^]]*\] ", "", str(error).strip().splitlines()[0])
+    return line.split(". ")[0][:160]
+
+
+def together(ranks: Ranks | None, work: Callable[[], Any], when: str) -> Any:
+    """Return ``work()``, by ``Ranks.together`` where there are ranks."""
+    return work() if ranks is None else ranks.together(work, when)
+
+
+def open_journal(
+    optimizer, path: str | os.PathLike, resume: bool = False, *, alike: Mapping[str, Any] | None = None, **keywords
+) -> None:
     """Record a run of many ranks: rank 0 writes the journal, and with ``resume`` all take its steps up.
 
     Args:
         optimizer: a ``ZerothOrder`` with ``ranks``.
         path: the journal, on rank 0's machine.
         resume: go on with it; a rank that was killed rejoins the others in this way.
+        alike: JSON values that all ranks, but not a resumed run, have to share.
         **keywords: those of ``ZerothOrder.write_journal``.
 
     Raises:
@@ -192,26 +331,21 @@ def open_journal(optimizer, path: str | os.PathLike, resume: bool = False, **key
         RuntimeError: rank 0 failed in another way.
     """
     ranks = optimizer.ranks
-    ranks.agree(optimizer)
-    content = failure = told = None
-    if ranks.rank == 0:
-        try:
-            optimizer.write_journal(path, resume, **keywords)
-            found = read(path)
-            own = optimizer.trainable()
-            numbers = Trainable([t.cpu() for t in own.tensors], [], [m.cpu() for m in own.momentum])
-            content = found.steps, found.header, numbers
-        except Exception as error:  # of any kind: the others wait to be told
-            failure = error
-            kind = UserError if isinstance(error, UserError) else RuntimeError
-            told = kind, f"rank 0: {type(error).__name__}: {error}"
-    content, told = ranks.share((content, told))
-    if failure is not None:
-        raise failure
-    if told is not None:
-        kind, text = told
-        raise kind(text)
-    if ranks.rank:
-        steps, header, numbers = content
-        optimizer.take(numbers)  # the journal may begin with others
+    ranks.agree(optimizer, {**(keywords.get("identity") or {}), **(alike or {})})
+
+    def begin():
+        if ranks.rank:
+            return None
+        journal = optimizer.write_journal(path, resume, **keywords)
+        initial = initial_values(journal.header, journal.path).trainable
+        return read(path).steps, journal.header, Trainable(initial.tensors, [])
+
+    def take_up():
+        if optimizer.step_index > len(steps):
+            raise UserError(f"its checkpoint is at step {optimizer.step_index}, the journal holds {len(steps)}")
+        if optimizer.step_index == 0:
+            optimizer.take(initial)  # the journal may begin with others
         optimizer.take_up(steps, header)
+
+    steps, header, initial = ranks.share(ranks.together(begin, "journal"), "journal")
+    ranks.together(take_up if ranks.rank else lambda: None, "journal")

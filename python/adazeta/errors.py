@@ -25,3 +25,7 @@ class JournalError(UserError, ValueError):
 
 class Diverged(UserError):
     """Training got out of hand and was stopped; the trainable numbers are those before the step."""
+
+
+class ToldEverywhere(UserError):
+    """A failure of one rank that all ranks know of and raise; it is enough that rank 0 prints it."""

@@ -24,7 +24,7 @@ def tolerance(model: nn.Module) -> float:
     """Return the relative difference up to which losses are equal: the root of the coarsest dtype's epsilon."""
     held = [*model.parameters(), *(m.packed for m in model.modules() if isinstance(m, PackedLinear))]
     dtypes = {tensor.dtype for tensor in held if tensor.is_floating_point()}
-    for device in {tensor.device.type for tensor in held}:
+    for device in {tensor.device.type for tensor in held} - {"meta"}:  # where `device_map` offloads them
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5

@@ -76,7 +76,8 @@ def _status(key: str) -> int | None:
 def available_bytes() -> int:
     """Return the memory that this process can take without swapping, its control group's limit included.
 
-    Where the system does not tell (not Linux), half of the physical memory.
+    Where the system does not tell (not Linux), half of the physical memory. Processes that torchrun started side by
+    side share it evenly.
     """
     found = []
     try:
@@ -91,7 +92,7 @@ def available_bytes() -> int:
         found.append(max(0, limit - used + cache))
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         pass
-    return min(found)
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _trim() -> None:

@@ -185,7 +185,8 @@ class ZerothOrder(torch.optim.Optimizer):
             return self.next_recorded.loss
         if self.privacy and self._projected:
             raise RuntimeError("a private step has one estimate: call step() before the next")
-        examples = batch_size(batch) if batch or not self.privacy else 0  # a drawn batch may be empty
+        least = 0 if self.ranks else 1  # a rank may get none of a small batch, and a drawn batch may be empty
+        examples = batch_size(batch, least) if batch or not self.privacy else 0
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             batch = to_device(batch, device)

@@ -133,6 +133,12 @@ TRAINING = [
     Option("rows", positive, "stop after so many forward rows", shown="no limit"),
     Option("max-minutes", float, "stop training after so many minutes", shown="no limit"),
     Option("batch-size", positive, "examples per step", goes_to="train.per_device_train_batch_size", default=16),
+    Option(
+        "data-ranks",
+        positive,
+        "under torchrun: parts that a batch is cut into; processes that hold the same part share the queries",
+        1,
+    ),
     Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
     Option("lr", number_or_auto, "learning rate; auto: measured (adazeta calibrate)", goes_to="train.learning_rate"),
     Option("lr-schedule", str, "linear, cosine, constant, ...", goes_to="train.lr_scheduler_type", default="linear"),

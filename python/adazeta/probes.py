@@ -89,14 +89,14 @@ def groups_of(directions: str | int, examples: int) -> int:
     return max(g for g in range(1, min(directions, examples) + 1) if examples % g == 0)
 
 
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of examples: dimension 0 of the batch's tensors, which must agree."""
+def batch_size(batch: Mapping[str, Any], least: int = 1) -> int:
+    """Return the number of examples, at least ``least``: dimension 0 of the batch's tensors, which must agree."""
     sizes = {name: value.shape[0] for name, value in batch.items() if torch.is_tensor(value) and value.ndim}
     if not sizes:
         raise ValueError(f"the batch holds no tensor with examples in dimension 0; its keys are {sorted(batch)}")
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the tensors of the batch disagree on the number of examples: {sizes}")
-    if not (size := next(iter(sizes.values()))):
+    if (size := next(iter(sizes.values()))) < least:
         raise ValueError("the batch is empty")
     return size
 

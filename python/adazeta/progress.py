@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from adazeta.distributed import INTERRUPTED, LATE
 from adazeta.files import disk_errors, write_text
 from adazeta.runs import read_metrics
 
@@ -146,12 +147,13 @@ class Limits(TrainerCallback):
     """End training after ``rows`` forward rows or ``minutes``; on the first Ctrl-C save a checkpoint and stop.
 
     A limit ends the run as if its steps were done; after Ctrl-C ``interrupted`` is True and the run can be resumed.
-    The last step is evaluated whatever the interval, if ``evaluate``.
+    The last step is evaluated whatever the interval, if ``evaluate``. Of many ``ranks`` all stop after the same step:
+    the one after that in which the clock or a Ctrl-C stopped the first.
     """
 
-    def __init__(self, rows: int | None = None, minutes: float | None = None, *, evaluate: bool = True):
-        self.rows, self.minutes, self.evaluate = rows, minutes, evaluate
-        self.interrupted = False
+    def __init__(self, rows: int | None = None, minutes: float | None = None, *, evaluate: bool = True, ranks=None):
+        self.rows, self.minutes, self.evaluate, self.ranks = rows, minutes, evaluate, ranks
+        self.interrupted = self._asked = False
         self._start = 0.0
         self._previous = None
 
@@ -163,15 +165,19 @@ class Limits(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number, frame):
-        self.interrupted = True
+        self._asked, self.interrupted = True, self.ranks is None
         signal.signal(signal.SIGINT, self._previous)  # a second Ctrl-C stops at once
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        if self.ranks is None or self.ranks.rank == 0:
+            print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
+        late = self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes
+        if self.ranks is not None:
+            self.ranks.stop = INTERRUPTED if self._asked else LATE if late else 0
+            self.interrupted, late = self.ranks.stopping == INTERRUPTED, self.ranks.stopping == LATE
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             return
-        late = self.minutes is not None and time.monotonic() - self._start >= 60 * self.minutes
         if late or state.global_step >= state.max_steps:
             self._end(control)
 
@@ -184,5 +190,5 @@ class Limits(TrainerCallback):
         control.should_evaluate = control.should_evaluate or self.evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None and not self.interrupted:
+        if self._previous is not None and not self._asked:
             signal.signal(signal.SIGINT, self._previous)

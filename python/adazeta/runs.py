@@ -232,6 +232,12 @@ def default_task(base: str, say: Say = lambda line: None) -> Task:
     return choose({}, kind)
 
 
+def partial_of(output: str | Path) -> Path:
+    """Return the folder that training writes to until ``output`` is whole."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.partial")
+
+
 @contextmanager
 def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Yield the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
@@ -243,7 +249,7 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
             is nothing to resume, or another process trains there.
     """
     output = Path(output)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose another --output")
     if output.is_dir() and any(output.iterdir()) and not is_run(output):

@@ -6,19 +6,22 @@ what depends on them are overridden. ``adazeta.arguments`` accounts for every fi
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from .arguments import check_arguments, check_trainer_arguments
 from .config import ZOConfig
+from .distributed import Ranks, open_journal
 from .errors import UserError
 from .estimator import signal_to_noise
 from .evaluate import judge
@@ -46,11 +49,14 @@ class ZOTrainer(Trainer):
         identity: JSON values for the journal that a resumed run must share, such as a digest of the data.
         about: JSON values for the journal that it need not share.
         fsync_every: steps after which the journal is forced to the disk; 0 for only before checkpoints and at the end.
+        ranks: what ``adazeta.distributed.join()`` returns: this process among those that torchrun started. All of them
+            read the same batches and share out the queries of a step, or the batch in ``ranks.data`` parts, so
+            ``args.per_device_train_batch_size`` is the whole batch; all evaluate; the first writes.
         **kwargs: those of ``transformers.Trainer``.
 
     Raises:
-        ValueError: several processes or GPUs, or arguments that make no sense without gradients; each is named, with
-            the reason, before anything is written.
+        ValueError: several GPUs in a process, several processes without ``ranks``, or arguments that make no sense
+            without gradients; each is named, with the reason, before anything is written.
 
     ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
     finds again. With ``load_best_model_at_end`` the numbers of the best evaluation come out of the journal, which
@@ -76,6 +82,7 @@ class ZOTrainer(Trainer):
         identity: dict | None = None,
         about: dict | None = None,
         fsync_every: int = 0,
+        ranks: Ranks | None = None,
         **kwargs,
     ):
         check_trainer_arguments(model, args, *rest, **kwargs)
@@ -86,18 +93,32 @@ class ZOTrainer(Trainer):
         self.journal_wanted, self.identity, self.about, self.fsync_every = journal, identity or {}, about, fsync_every
         self._queries, self._from_journal = 0, False
         self._last_log = (time.perf_counter(), 0)
+        self.ranks = ranks
         super().__init__(model, args, *rest, **kwargs)
         # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
-        if self.args.world_size > 1:
+        processes = max(self.args.world_size, int(os.environ.get("WORLD_SIZE", "1")))
+        if processes > 1 and ranks is None:
             raise ValueError(
-                f"ZOTrainer is one process, got {self.args.world_size}, each of which would train a model of its own; "
-                "for many, give ZerothOrder(ranks=adazeta.distributed.Ranks()) a loop of your own"
+                f"each of {processes} processes would train a model of its own: give ranks=adazeta.distributed.join()"
             )
+        if ranks is not None and self.zo.privacy:
+            raise ValueError("examples of a private step are drawn in one process; see examples/federated.py for many")
+        if ranks is not None and self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end goes back by the journal, which only one of the ranks has")
         # First of all: what others write when training begins waits until the journal has been found to fit.
         self.callback_handler.callbacks.insert(0, _JournalCallback(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.ranks is not None:
+            # Ranks are no replicas: accelerate is not to cut the data or to exchange gradients, but only one may write.
+            _ = self.args.device  # this makes the state
+            state = self.args.distributed_state
+            state.distributed_type, state.num_processes = DistributedType.NO, 1
+            state.process_index = state.local_process_index = self.ranks.rank
+        super().create_accelerator_and_postprocess()
 
     @property
     def zeroth_order(self) -> ZerothOrder:
@@ -116,6 +137,7 @@ class ZOTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 run_seed=self.args.seed if run_seed is None else run_seed,
                 steps_per_epoch=self._steps_per_epoch(),
+                ranks=self.ranks,
                 **settings,
             )
         return self.optimizer
@@ -166,7 +188,7 @@ class ZOTrainer(Trainer):
         if model.training:
             model.eval()  # dropout would differ between the two probes of a query
         if inputs:  # what is drawn for a private step may be nothing
-            inputs = self._prepare_inputs(inputs)
+            inputs = self._prepare_inputs(inputs if self.ranks is None else self.ranks.part(inputs))
         optimizer = self.zeroth_order
         self._from_journal = optimizer.pending > 0
         with self.compute_loss_context_manager():
@@ -207,8 +229,12 @@ class ZOTrainer(Trainer):
             )
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         order = args.seed if args.data_seed is None else args.data_seed
-        optimizer.write_journal(
-            Path(make_folder(args.output_dir)) / JOURNAL_NAME,
+        begin = optimizer.write_journal
+        if self.ranks is not None:
+            schedule = {"lr_scheduler_type": str(args.lr_scheduler_type), "warmup_steps": args.warmup_steps}
+            begin = partial(open_journal, optimizer, alike={"max_steps": self.state.max_steps, **schedule})
+        begin(
+            Path(make_folder(args.output_dir) if self.is_world_process_zero() else args.output_dir) / JOURNAL_NAME,
             resume=self.journal_wanted == "resume" or optimizer.step_index > 0,
             identity={"batch_size": batch, "order_seed": order, **self.identity},
             about=self.about,
@@ -236,6 +262,8 @@ class ZOTrainer(Trainer):
             model_card(describe_trainer(self)).save(Path(output_dir or self.args.output_dir) / CARD_NAME)
 
     def _save_checkpoint(self, *args, **kwargs):
+        if not self.is_world_process_zero():
+            return
         if self.zeroth_order.journal is not None:
             self.zeroth_order.journal.sync()  # whatever happens, no checkpoint is newer than its journal
         super()._save_checkpoint(*args, **kwargs)
@@ -322,6 +350,8 @@ class _JournalCallback(TrainerCallback):
         self.trainer._last_log = (time.perf_counter(), optimizer.rows)
         if self.trainer.journal_wanted:
             self.trainer.open_journal()
+        elif self.trainer.ranks is not None:
+            self.trainer.ranks.agree(optimizer)
 
 
 def _explain_no_finite_loss(model: torch.nn.Module) -> str:

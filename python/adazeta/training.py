@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from adazeta.runs import (
     Classifier,
     close_partial,
     open_partial,
+    partial_of,
     read_json,
     read_metrics,
     resume_from,
     write_json,
 )
 from adazeta.tasks import to_dict
+
+FROZEN = ("dtype", "gemm")  # settings of the frozen layers
+TRIED = (*FROZEN, "eps", "lr")  # settings that may be `auto`: what a trial on this machine finds
 
 
 class Interrupted(Exception):
@@ -103,8 +108,11 @@ def fit(
     measures: Measures,
     resume: bool = False,
     say=lambda line: None,
+    ranks=None,
 ) -> Outcome:
     """Train the adapter towards ``aim`` and write adapter, card, journal and metrics to ``folder``.
+
+    Of many ``ranks`` the first writes and evaluates; the others know of the folder what it tells them.
 
     Raises:
         UserError: wrong settings, a full disk, or losses that are never finite.
@@ -114,6 +122,7 @@ def fit(
 
     from adazeta import ZOTrainer
     from adazeta.digests import json_sha256
+    from adazeta.distributed import together
     from adazeta.journal import NAME as JOURNAL
     from adazeta.progress import Bar, Limits, MetricsFile
 
@@ -121,48 +130,58 @@ def fit(
         def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
             write_json(folder / CARD, classifier.card)
 
-    prompts = classifier.encode(splits["train"], say)
-    dev = []
-    if splits["dev"]:
-        dev = classifier.encode(splits["dev"]).by_length()
-    zo = zo_config(settings, preset, len(prompts))
-    checkpoint = resume_from(folder, say) if resume and (folder / JOURNAL).is_file() else None
-    batch_size = settings["eval_batch_size"]
-
-    def metrics_of_dev(prediction) -> dict[str, float]:
-        predictions = prediction.predictions.argmax(-1)
-        further = measures(classifier.model, dev, predictions.tolist(), classifier.collator(), batch_size)
-        return {"accuracy": float((predictions == prediction.label_ids).mean()), **further}
-
-    limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(dev))
+    first = ranks is None or ranks.rank == 0
+    limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(splits["dev"]) and first, ranks=ranks)
     metrics = MetricsFile(folder / METRICS)
-    try:
-        trainer = ZOTrainer(
-            model=classifier.model,
-            args=training_arguments(settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint),
-            zo=zo,
-            loss=aim.loss(classifier.task, classifier.loss(), classifier.tokenizer),
-            train_dataset=prompts,
-            eval_dataset=dev or None,
-            data_collator=classifier.collator(),
-            compute_metrics=metrics_of_dev,
-            callbacks=[Card(), metrics, Bar(), limits],
-            journal="resume" if resume else True,
-            identity={
-                # Of private data not even a digest goes into a file: it would tell who is among them.
-                "data_sha256": None
-                if zo.privacy
-                else json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
-                # The digest sorts keys, and the order of the classes is part of the task.
-                "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
-                **aim.identity,
-            },
-            about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
-            fsync_every=settings["fsync_every"],
+
+    def prepare() -> tuple[ZOTrainer, Path | None]:
+        prompts = classifier.encode(splits["train"], say)
+        dev = classifier.encode(splits["dev"]).by_length() if splits["dev"] and first else []
+        zo = zo_config(settings, preset, len(prompts))
+
+        def metrics_of_dev(prediction) -> dict[str, float]:
+            predictions = prediction.predictions.argmax(-1)
+            further = measures(
+                classifier.model, dev, predictions.tolist(), classifier.collator(), settings["eval_batch_size"]
+            )
+            return {"accuracy": float((predictions == prediction.label_ids).mean()), **further}
+
+        checkpoint = resume_from(folder, say) if resume and first and (folder / JOURNAL).is_file() else None
+        arguments = training_arguments(
+            settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint
         )
-        trainer.create_optimizer()  # checks the settings of the step
-    except (ValueError, TypeError) as error:
-        raise UserError(f"settings: {error}") from error
+        try:
+            trainer = ZOTrainer(
+                model=classifier.model,
+                args=arguments,
+                zo=zo,
+                loss=aim.loss(classifier.task, classifier.loss(), classifier.tokenizer),
+                train_dataset=prompts,
+                eval_dataset=dev or None,
+                data_collator=classifier.collator(),
+                compute_metrics=metrics_of_dev,
+                callbacks=[Card(), metrics, Bar(), limits] if first else [limits],
+                journal="resume" if resume else True,
+                identity={
+                    # Of private data not even a digest goes into a file: it would tell who is among them.
+                    "data_sha256": None
+                    if zo.privacy
+                    else json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
+                    # The digest sorts keys, and the order of the classes is part of the task.
+                    "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
+                    **aim.identity,
+                },
+                about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
+                fsync_every=settings["fsync_every"],
+                ranks=ranks,
+            )
+            trainer.create_optimizer()  # checks the settings of the step
+        except (ValueError, TypeError) as error:
+            raise UserError(f"settings: {error}") from error
+        return trainer, checkpoint
+
+    trainer, checkpoint = together(ranks, prepare, "start")
+    zo = trainer.zo
     trainer.remove_callback(PrinterCallback)
     prefix, graphs = trainer.zeroth_order.prefix, trainer.zeroth_order.graphs
     shared = prefix.describe() if prefix and not getattr(trainer.loss, "generates", False) else ""
@@ -174,9 +193,10 @@ def fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:
         raise Interrupted
-    with disk_errors(folder):
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of paths
+    if first:
+        with disk_errors(folder):
+            trainer.save_model(str(folder))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of paths
     return Outcome(
         steps=trainer.state.global_step,
         rows=trainer.zeroth_order.rows,
@@ -201,8 +221,11 @@ def train(
     overwrite: bool = False,
     test: bool = False,
     say=lambda line: None,
-) -> dict:
+    ranks=None,
+) -> dict | None:
     """Train on the splits that ``settings`` name and write the run folder; return the summary.
+
+    Of many ``ranks`` the first opens the folder, writes, evaluates and has a summary to return; the others return None.
 
     Args:
         settings: values of :data:`adazeta.options.TRAIN`.
@@ -217,7 +240,9 @@ def train(
         UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
-    splits, settings = load_data(settle(settings, say), say)
+    from adazeta.distributed import together
+
+    splits, settings = together(ranks, lambda: load_data(settle(settings, say), say), "data")
     settings = settle_privacy(settings, preset, len(splits["train"]), say)
     if test and not splits["test"]:
         raise UserError(
@@ -225,35 +250,57 @@ def train(
             f"file, and measure them by `adazeta eval {output} --data FILE`"
         )
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
-    aim = aim_of(settings)
+    aim = together(ranks, lambda: aim_of(settings), "objective")
     if aim.is_metric:
         settings = {**settings, "metric": list(dict.fromkeys([*settings["metric"], aim.name]))}
-    with open_partial(output, resume=resume, overwrite=overwrite) as partial:
-        return _train(settings, preset, splits, aim, output, partial, resume=resume, test=test, say=say)
+    with ExitStack() as stack:
+
+        def enter():
+            if ranks is not None and ranks.rank:
+                return partial_of(output)
+            return stack.enter_context(open_partial(output, resume=resume, overwrite=overwrite))
+
+        partial = together(ranks, enter, "folder")
+        return _train(settings, preset, splits, aim, output, partial, resume=resume, test=test, say=say, ranks=ranks)
 
 
-def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, resume: bool, test: bool, say) -> dict:
+def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, resume: bool, test: bool, say, ranks):
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory
+    from adazeta.distributed import together
     from adazeta.model_card import NAME as MODEL_CARD
     from adazeta.model_card import describe_run, model_card
     from adazeta.plots import draw_curves
 
-    settings = settle_machine(settings, preset, say)
-    classifier = new_classifier(settings, preset, say)
-    if resume and (partial / CARD).is_file() and (measured_then := read_json(partial / CARD).get("calibration")):
-        classifier.card["calibration"] = measured_then
-    settings = resolve_auto(classifier, splits["train"], settings, preset, say)
+    first = ranks is None or ranks.rank == 0
+
+    def begin(settings) -> tuple[Classifier, dict]:
+        """Load the model; return it, and the settings with what trials on this machine found best."""
+        settings = settle_machine(settings, preset, say)
+        classifier = new_classifier(settings, preset, say)
+        if resume and (partial / CARD).is_file() and (measured_then := read_json(partial / CARD).get("calibration")):
+            classifier.card["calibration"] = measured_then
+        return classifier, resolve_auto(classifier, splits["train"], settings, preset, say)
+
+    begun, tried = None, [key for key in TRIED if settings[key] == "auto"]
+    if ranks is not None and tried:  # all do what the first machine finds
+        begun = together(ranks, lambda: begin(settings) if first else None, "model")
+        found = {**begun[1], **{key: begun[0].card["settings"][key] for key in FROZEN}} if first else {}
+        settings = {**settings, **ranks.share({key: found[key] for key in tried if first}, "model")}
+    classifier, settings = together(ranks, lambda: begun or begin(settings), "model")
     measures = measures_of(settings, classifier.task, classifier.tokenizer, aim.function)
     model_bytes = resident_bytes() or 0
-    held_out = splits["test"] if test else []
+    held_out = splits["test"] if test and first else []
     measured, memory = {}, {}
     if held_out:
         measured["before"] = _evaluate(classifier, held_out, measures, "test before", settings)
-    if test:
+    if held_out:
         memory = measure_memory(classifier, splits["train"], settings, preset, model_bytes)
-    outcome = fit(classifier, splits, settings, preset, partial, aim=aim, measures=measures, resume=resume, say=say)
+    told = {"aim": aim, "measures": measures, "resume": resume, "say": say, "ranks": ranks}
+    outcome = fit(classifier, splits, settings, preset, partial, **told)
+    if not first:
+        return None
     if held_out:
         measured["after"] = _evaluate(classifier, held_out, measures, "test after", settings)
 
@@ -266,7 +313,7 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
         "base_model": classifier.card["base_model"],
         "preset": preset,
         "objective": aim.name,
-        "frozen": {key: classifier.card["settings"][key] for key in ("dtype", "gemm")},
+        "frozen": {key: classifier.card["settings"][key] for key in FROZEN},
         "seed": settings["seed"],
         "splits": {name: len(examples) for name, examples in splits.items()},
         "test": {when: _numbers(result) for when, result in measured.items()},

@@ -2,11 +2,13 @@
 
 import os
 import signal
-import traceback
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from on_ranks import on_ranks
 from tiny import lm_batch, tiny_adapted
 
 from adazeta import UserError, ZerothOrder
@@ -24,28 +26,6 @@ def one_thread():
     torch.set_num_threads(1)  # forked from here
     yield
     torch.set_num_threads(before)
-
-
-def on_ranks(size, folder, work):
-    """Run ``work(rank)`` in ``size`` forked processes that talk over loopback; return exit statuses and tracebacks."""
-    folder.mkdir(exist_ok=True)
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-                work(rank)
-                status = 0
-            except BaseException:
-                (folder / f"error-{rank}").write_text(traceback.format_exc())
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, [path.read_text() for path in sorted(folder.glob("error-*"))]
 
 
 def losses_one_by_one(model, batch):
@@ -106,6 +86,7 @@ def test_ranks_that_disagree_are_found_at_the_start(tmp_path):
         for name, model_of_1, settings in (
             ("config.eps", model, {"eps": 0.06}),
             ("base_sha256", other, {}),
+            ("config.lr", model, {"lr": 0.2}),
             ("run_seed", model, {"run_seed": 8}),
         ):
             changed = settings if rank == 1 else {}
@@ -115,6 +96,48 @@ def test_ranks_that_disagree_are_found_at_the_start(tmp_path):
 
     assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
     assert not (tmp_path / NAME).exists()
+
+
+def test_what_fails_on_a_rank_fails_on_all(tmp_path, monkeypatch):
+    model = tiny_adapted()
+
+    def work(rank):
+        ranks = Ranks()
+        with pytest.raises(RuntimeError, match="rank 1: ZeroDivisionError: division by zero"):
+            ranks.together(lambda: 1 / (1 - rank), "a test")
+        if rank == 1:
+            monkeypatch.setattr("adazeta.distributed.describe_run", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="rank 1: ZeroDivisionError"):
+            ranks.agree(ZerothOrder(model, ranks=ranks, **SETTINGS))
+        if rank == 1:
+            monkeypatch.undo()
+        monkeypatch.setattr("adazeta.distributed.code_sha256", lambda: f"digest {rank}")
+        with pytest.raises(UserError, match="rank 1 has another code than rank 0: 'digest 1', expected 'digest 0'"):
+            ranks.agree(ZerothOrder(model, ranks=ranks, **SETTINGS))
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
+def test_a_rank_that_hangs_or_leaves_is_told_in_one_line(tmp_path):
+    def work(rank):
+        ranks = Ranks()
+        if rank == 1:
+            time.sleep(4)
+            return
+        with pytest.raises(UserError, match="step 3: rank 0 no longer reaches the other ranks .*; start all again"):
+            ranks.same_batch(4, step=3)
+
+    assert on_ranks(2, tmp_path / "work", work, timeout=timedelta(seconds=2)) == ([0, 0], [])
+
+
+def test_the_parts_of_a_batch(tmp_path):
+    def work(rank):
+        batch, ranks = {"ids": torch.arange(10).view(5, 2), "name": "x"}, Ranks(4)
+        assert ranks.part(batch)["ids"][:, 0].tolist() == [[0], [2], [4], [6, 8]][rank]
+        assert ranks.part({"ids": torch.zeros(2, 1)})["ids"].shape == (rank % 2, 1)
+        assert ranks.part(batch)["name"] == "x"
+
+    assert on_ranks(4, tmp_path / "work", work) == ([0] * 4, [])
 
 
 def test_a_rank_with_another_theta_is_found(tmp_path):
@@ -210,7 +233,7 @@ def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
         dist.all_gather = weighed
         opt = ZerothOrder(tiny_adapted(), ranks=Ranks(), queries=5, **SETTINGS)
         train(opt)
-        assert sent == [48 + 8 * 3] * STEPS
+        assert sent == [56 + 8 * 3] * STEPS
         for arguments in ((3,), (0,)):
             with pytest.raises(ValueError, match="expected a divisor"):
                 Ranks(*arguments)

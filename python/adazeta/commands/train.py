@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import UserError
 from ..options import ADAPTER, GROUPS, METHOD, MODEL, RUN, TRAIN, TRAINING, add_options, read_yaml, resolve
 from . import INTERRUPTED, command, quiet, say, stay_offline
 
@@ -35,18 +37,47 @@ def _demo(arguments) -> int:
 
 def _run_training(arguments, config: str | None, defaults: dict) -> int:
     from ..own_function import check_named
-    from ..runs import CARD, read_json
+    from ..runs import CARD, is_run, partial_of, read_json, resumable
+
+    ranks = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ..distributed import join
+
+        ranks = join()
+    first = ranks is None or ranks.rank == 0
+
+    def on_all(work):
+        return work() if ranks is None else ranks.together(work, "settings")
+
+    def on_first(work):
+        found = on_all(lambda: work() if first else None)
+        return found if ranks is None else ranks.share(found, "settings")
 
     flags = vars(arguments)
-    from_file = {**defaults, **(read_yaml(config, [*RUN, *TRAIN]) if config else {})}
-    run = resolve(flags, RUN, from_file=from_file)
-    output, preset, stored = Path(run["output"]), run["preset"], None
-    partial = output.with_name(f"{output.name}.partial")
-    if arguments.resume and (partial / CARD).is_file():
-        card = read_json(partial / CARD)
-        stored, preset = card.get("settings"), card.get("preset", preset)
-    check_named(stored, flags, from_file)
-    settings = resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored)
+    from_file = on_all(lambda: {**defaults, **(read_yaml(config, [*RUN, *TRAIN]) if config else {})})
+    run = on_all(lambda: resolve(flags, RUN, from_file=from_file))
+    output = Path(run["output"])
+    partial = partial_of(output)
+
+    def what_is_there():
+        """Return whether to resume, the settings and the preset of what is resumed, and whether all is done."""
+        resume, done = arguments.resume, False
+        if "TORCHELASTIC_RUN_ID" in os.environ and (resume or int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
+            # The same command is started again and again: there may be nothing yet, something, or the whole run.
+            again, resume = resume, resumable(partial)
+            done = again and not resume and is_run(output) and not run["overwrite"]
+        card = read_json(partial / CARD) if resume and (partial / CARD).is_file() else {}
+        return resume, card.get("settings"), card.get("preset", run["preset"]), done
+
+    resume, stored, preset, done = on_first(what_is_there)
+    if done:
+        if first:
+            say(f"{output} is complete")
+        return 0
+    on_all(lambda: check_named(stored, flags, from_file))
+    settings = on_all(lambda: resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored))
+    if ranks is not None:
+        ranks = on_all(lambda: _grid(settings["data_ranks"]))
     stay_offline(settings["data"], settings["dev_data"])
 
     from ..auto import as_before
@@ -59,15 +90,27 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
             as_before(settings, stored),
             preset,
             output,
-            resume=arguments.resume,
+            resume=resume,
             overwrite=run["overwrite"],
             test=run["test"],
-            say=say,
+            say=say if first else lambda line: None,
+            ranks=ranks,
         )
     except Interrupted:
-        say(f"stopped; the same command with --output {output} --resume goes on from here")
+        if first:
+            say(f"stopped; the same command with --output {output} --resume goes on from here")
         return INTERRUPTED
-    print(closing_table(summary))
-    asked = '"a warm, funny, engaging film"' if settings["data"] == "movies" else "--data FILE"
-    print(f"\nwritten to {output}; ask it: adazeta predict {output} {asked}")
+    if first:
+        print(closing_table(summary))
+        asked = '"a warm, funny, engaging film"' if settings["data"] == "movies" else "--data FILE"
+        print(f"\nwritten to {output}; ask it: adazeta predict {output} {asked}")
     return 0
+
+
+def _grid(data: int):
+    from ..distributed import Ranks
+
+    try:
+        return Ranks(data)
+    except ValueError as error:
+        raise UserError(f"--data-ranks: {error}") from error

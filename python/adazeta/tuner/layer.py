@@ -102,6 +102,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
             factors = tt_factors(self.tt_theta[name], layout, *_AT_THETA)
         else:
             factors = self.factor_groups.of(self)
+        factors = factors.to(x.device)  # theta is in one place; `device_map` may have put blocks in several
         y = tt_adapter(x.reshape(count, -1, x.shape[-1]), factors, layout, act=self.act[name], scale=self.scale[name])
         return y.reshape(x.shape)
 

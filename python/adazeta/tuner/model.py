@@ -66,20 +66,26 @@ class TTModel(BaseTuner):
         )
         layer = target if isinstance(target, TTLayer) else TTLayer(base_layer)
         offset = sum(other.layout[adapter_name].numel for _, other in self.tt_layers(adapter_name))
-        device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        device = self._first_device(adapter_name) or _device_of(base_layer)
         if torch.empty(0).device.type == "meta":  # low_cpu_mem_usage: the numbers come from a checkpoint
             theta = torch.empty(layout.numel)
         else:
             theta = initial_theta(
                 layout, init=config.init, gain=config.init_gain, seed=config.init_seed, offset=offset
             ).to(device)
+        if layer is not target:  # before it has numbers: PEFT would move them to where the base layer's weight is
+            self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, layout, placement, config.act, config.scale, config.positions, offset, theta)
         if adapter_name not in self.active_adapters:
             layer.tt_theta[adapter_name].requires_grad_(False)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
         self._layers.clear()
         self._blocks.clear()
+
+    def _first_device(self, adapter_name: str) -> torch.device | None:
+        """Return where the adapter's numbers are, one flat vector, when the base model is spread over devices."""
+        if not getattr(self.model, "hf_device_map", None):
+            return None
+        return next((layer.tt_theta[adapter_name].device for _, layer in self.tt_layers(adapter_name)), None)
 
     def _width(self, base_layer: nn.Module, placement: str, key: str) -> int:
         hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
@@ -214,3 +220,11 @@ class TTModel(BaseTuner):
         if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
             return None
         return found[0][1], min(int(match[2]) for match in found)
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """Return the device that a layer computes on: of one that ``device_map`` offloads, that of its hook."""
+    found = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    if found.type == "meta" and hasattr(layer, "_hf_hook"):
+        return torch.device(layer._hf_hook.execution_device)
+    return found
