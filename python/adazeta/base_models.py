@@ -87,12 +87,22 @@ def told_in_one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
-def load_base(name: str, *, task=None, dtype: str = "float32", device: str = "auto", say: Say = lambda line: None):
+def load_base(
+    name: str,
+    *,
+    task=None,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    device: str = "auto",
+    say: Say = lambda line: None,
+):
     """Load base model and tokenizer from a folder, frozen and in evaluation mode; ``auto`` is a GPU where there is one.
 
     ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16. With a
     :class:`adazeta.tasks.HeadTask` the model gets a classification head, whose parameters alone require gradients; a
     new one has the same numbers at every call. Any other task takes the checkpoint's language-model head.
+
+    ``quantize`` is one of ``adazeta.quantized.METHODS``; a folder that was saved quantised needs none: it stays so.
 
     Raises:
         UserError: not a model folder, one that needs code or packages of its own, weights that cannot be read, or
@@ -111,6 +121,7 @@ def load_base(name: str, *, task=None, dtype: str = "float32", device: str = "au
     from adazeta.devices import chosen_device
     from adazeta.frozen import mix
     from adazeta.heads import MeanPooled, head_modules
+    from adazeta.quantized import all_finite, quantization_config
 
     folder, place = model_folder(name, say), chosen_device(device)
     if dtype not in DTYPES:
@@ -123,6 +134,8 @@ def load_base(name: str, *, task=None, dtype: str = "float32", device: str = "au
     if with_head and stored != torch.float32:
         raise UserError(f"a head that trains needs float32 numbers: use --dtype float32 or mixed, got {dtype}")
     keywords = {"dtype": stored, "local_files_only": True, "trust_remote_code": False}
+    if quantize is not None:
+        keywords["quantization_config"] = quantization_config(quantize)
     wanted = "with a classification head" if with_head else "as a language model"
     with told_in_one_line(f"{name} cannot be loaded {wanted}"):
         with torch.random.fork_rng():
@@ -136,7 +149,7 @@ def load_base(name: str, *, task=None, dtype: str = "float32", device: str = "au
                 model = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for parameter_name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -23,13 +23,14 @@ from adazeta.commands import (
     journal,
     plot,
     predict,
+    push,
     replay,
     templates,
     train,
 )
 from adazeta.errors import ToldEverywhere, UserError
 
-COMMANDS = [train, calibrate, eval, predict, templates, export, info, compare, plot, replay, journal, fetch]
+COMMANDS = [train, calibrate, eval, predict, templates, export, push, info, compare, plot, replay, journal, fetch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

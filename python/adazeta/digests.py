@@ -11,6 +11,7 @@ import torch
 import adazeta_kernels
 
 from .frozen import named_parameters
+from .quantized import plain_parts
 
 SAMPLES = 65_536  # numbers of a frozen tensor that its digest reads
 
@@ -67,10 +68,12 @@ def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) ->
         if id(parameter) in left_out or ".tt_theta." in name:
             continue
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        if parameter.device.type != "meta":
-            if hasattr(parameter, "full_tensor"):  # split over processes, which all come here together
-                parameter = parameter.full_tensor()
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: -(-flat.numel() // SAMPLES) or 1]
-            digest.update(_bytes(sample.to(torch.bfloat16) if sample.is_floating_point() else sample))
+        if hasattr(parameter, "full_tensor"):  # split over processes, which all come here together
+            parameter = parameter.full_tensor()
+        for part in plain_parts(parameter.detach()):
+            if part.device.type != "meta":
+                flat = part.reshape(-1)
+                sample = flat[:: -(-flat.numel() // SAMPLES) or 1]
+                half = sample.is_floating_point() and sample.itemsize > 1
+                digest.update(_bytes(sample.to(torch.bfloat16) if half else sample))
     return digest.hexdigest()

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .quantized import is_quantized
+
 # Products of bfloat16 numbers err by 2^-9 of their size. Projected gradients correlate with float32's by .98 at eps .03
 # and by .55 at .003 (docs/guide.md).
 LEAST_EPS = 0.03
@@ -189,8 +191,8 @@ def choose_dtype(eps: float) -> str:
 
 
 def _frozen_linears(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers without a trainable parameter, but for the output layer and those that must stay in float32 by
-    their family's own word: T5 looks at the weight of one in every forward."""
+    """The linear layers without a trainable parameter, but for the output layer, quantised ones and those that must
+    stay in float32 by their family's own word: T5 looks at the weight of one in every forward."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = set(getattr(inner, "_keep_in_fp32_modules", None) or ()) & {"wo"}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -199,6 +201,7 @@ def _frozen_linears(model: nn.Module) -> list[nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
+        and not is_quantized(module._parameters.get("weight"))
         and not kept & set(name.split("."))
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
@@ -208,7 +211,7 @@ def _leave_file(model: nn.Module) -> None:
     """Copy the tensors that were not replaced: weights are loaded as a view of their file, and all of it, the replaced
     ones included, stays in memory as long as one tensor looks at it."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and not tensor.requires_grad:
+        if not is_quantized(tensor) and tensor.device.type == "cpu" and not tensor.requires_grad:
             tensor.data = tensor.data.clone()
 
 

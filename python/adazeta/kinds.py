@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from adazeta.schedule import AdaptiveQueries, ConstantQueries
 
@@ -86,6 +87,21 @@ def names(value) -> str | list[str]:
 def listed(value) -> list[str]:
     """Read values separated by commas."""
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",")]
+
+
+#: What logs can be sent to, and the packages any of which it takes.
+SERVICES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
+
+def services(value) -> list[str]:
+    """Read services that logs go to; ValueError for an unknown one, and for one whose package is not installed."""
+    names = [name for name in listed(value) if name != "none"]
+    for name in names:
+        if name not in SERVICES:
+            raise ValueError(f"expected {', '.join(SERVICES)} or none, got {name!r}")
+        if not any(find_spec(package) for package in SERVICES[name]):
+            raise ValueError(f"{name} needs a package that is not installed: pip install {SERVICES[name][-1]}")
+    return names
 
 
 def layers(value) -> str | list[int]:

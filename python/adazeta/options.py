@@ -23,6 +23,7 @@ from adazeta.kinds import (
     number_or_auto,
     positive,
     queries,
+    services,
 )
 from adazeta.memory import read_size
 from adazeta.objective_options import MEASURED, OBJECTIVE
@@ -66,6 +67,13 @@ MODEL = [
     ),
     Option("device", str, "where to compute: cpu, cuda, or auto: a GPU where there is one", "auto", choices=DEVICES),
     Option("threads", positive, "CPU threads", shown="all cores"),
+    Option(
+        "quantize",
+        str,
+        "hold the base model's linear layers quantised: int8, int4, fp8 (torchao), bnb8 or bnb4 (bitsandbytes)",
+        shown="as the folder has them",
+        choices=("int8", "int4", "fp8", "bnb8", "bnb4"),
+    ),
 ]
 ADAPTER = [
     Option("rank", int, "TT rank of every bond", goes_to="tt.rank", default=5),
@@ -156,12 +164,25 @@ TRAINING = [
     Option("eval-every", positive, "steps between evaluations on dev", shown="a quarter of the steps"),
     Option("eval-limit", positive, "most dev examples evaluated", 250),
     Option("eval-batch-size", positive, "examples per forward of an evaluation", 32),
+    Option(
+        "keep-best",
+        str,
+        "end with the adapter of the evaluation that was best by this dev metric: loss, accuracy, ...",
+        shown="off: that of the last step; with --early-stopping: loss",
+    ),
+    Option("early-stopping", positive, "stop after so many evaluations without a better one", shown="off"),
     Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),
     Option(
         "fsync-every",
         natural,
         "steps after which the journal is forced to the disk, where it survives a power failure; 0: at checkpoints",
         0,
+    ),
+    Option(
+        "report-to",
+        services,
+        "also log to tensorboard (files in the run folder), wandb, or both separated by a comma",
+        shown="none",
     ),
     Option("deterministic", boolean, "nothing depends on the clock or on the order of threads", False),
 ]

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .frozen import PackedLinear
+from .quantized import plain_parts
 
 SAMPLES = 16  # numbers of every tensor that are looked at before each estimate
 
@@ -152,6 +153,7 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-        digest.update(dense.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in plain_parts(tensor.detach()):
+            dense = part if part.layout == torch.strided else part.to_dense()
+            digest.update(dense.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -149,9 +149,8 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
     from adazeta.heads import head_modules
 
     task = task_of(settings, say)
-    base, tokenizer = load_base(
-        settings["model"], task=task, dtype=settings["dtype"], device=settings["device"], say=say
-    )
+    stored = {name: settings[name] for name in ("dtype", "quantize", "device")}
+    base, tokenizer = load_base(settings["model"], task=task, **stored, say=say)
     keywords = section("tt", settings, preset)
     if settings["init_seed"] is None:
         keywords["init_seed"] = settings["seed"]

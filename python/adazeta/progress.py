@@ -93,7 +93,6 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self.rows = 0
         self.seconds = 0.0
-        self.dev: dict[str, float] = {}
         self._since = 0.0
         self._stream = None
 
@@ -118,8 +117,7 @@ class MetricsFile(TrainerCallback):
         if self._stream is None:
             return
         self._since += (metrics or {}).get("eval_runtime", 0.0)
-        self.dev = measured(metrics or {})
-        self._write({**self._head("dev", state), **self.dev})
+        self._write({**self._head("dev", state), **measured(metrics or {})})
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stream.close()

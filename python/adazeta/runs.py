@@ -154,21 +154,21 @@ class Classifier:
         *,
         task: Task | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
         journal: str | None = None,
         device: str = "auto",
         say: Say = lambda line: None,
     ) -> Classifier:
         """Open a run folder (base model and task from its card) or a base model (``task``, by default sentiment).
 
-        With ``journal``, a run folder or a journal file, the adapter is the one that the journal makes; task and dtype
-        are those it was trained with, if no others are given.
+        With ``journal``, a run folder or a journal file, the adapter is the one that the journal makes; task, dtype and
+        quantization are those it was trained with, if no others are given.
         """
         card = card_for(name, journal)
         base = card["base_model"]
         task = task or own_task(card, journal or name) or default_task(base, say)
-        model, tokenizer = load_base(
-            base, task=task, dtype=dtype or card.get("dtype") or "float32", device=device, say=say
-        )
+        stored = {"dtype": dtype or card.get("dtype") or "float32", "quantize": quantize or card.get("quantize")}
+        model, tokenizer = load_base(base, task=task, device=device, **stored, say=say)
         if journal is not None:
             from adazeta.journal_tools import adapter_from_journal
 
@@ -364,6 +364,7 @@ def card_of(settings: Mapping[str, Any], task: Task, preset: str) -> dict:
         "adazeta": __version__,
         "base_model": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "dtype": settings["dtype"],
+        "quantize": settings["quantize"],
         "task": to_dict(task),
         "preset": preset,
         "settings": {key: plain(value) for key, value in settings.items()},

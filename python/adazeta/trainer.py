@@ -34,6 +34,7 @@ from .model_card import NAME as CARD_NAME
 from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
 from .privacy import PoissonBatches, check_batches
+from .quantized import all_finite
 
 
 class ZOTrainer(Trainer):
@@ -356,7 +357,7 @@ class _JournalCallback(TrainerCallback):
 
 def _explain_no_finite_loss(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             return f"every loss of the first step is NaN or infinite: the base model's {name} holds such values"
     return (
         "every loss of the first step is NaN or infinite though all parameters are finite; try float32 or a smaller eps"

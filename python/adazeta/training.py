@@ -45,7 +45,8 @@ class Interrupted(Exception):
 class Outcome:
     """What training reports: steps, forward rows, losses, seconds and the peak resident memory meanwhile.
 
-    ``tokens`` hold padding, ``real_tokens`` do not; ``prefix`` says what the blocks below the first adapter cost.
+    ``tokens`` hold padding, ``real_tokens`` do not; ``prefix`` says what the blocks below the first adapter cost;
+    ``best_step`` is the one whose adapter was kept, None for the last.
     """
 
     steps: int
@@ -58,7 +59,7 @@ class Outcome:
     dropped: int
     privacy: dict[str, Any]
     peak_bytes: int
-    dev: dict[str, float]
+    best_step: int | None
 
 
 def training_arguments(
@@ -85,7 +86,8 @@ def training_arguments(
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=settings["report_to"] or [],
+        run_name=folder.name.removesuffix(".partial"),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -121,6 +123,7 @@ def fit(
     from transformers import PrinterCallback, TrainerCallback
 
     from adazeta import ZOTrainer
+    from adazeta.best import Best
     from adazeta.digests import json_sha256
     from adazeta.distributed import together
     from adazeta.journal import NAME as JOURNAL
@@ -132,7 +135,15 @@ def fit(
 
     first = ranks is None or ranks.rank == 0
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(splits["dev"]) and first, ranks=ranks)
-    metrics = MetricsFile(folder / METRICS)
+    metrics, best = MetricsFile(folder / METRICS), None
+    callbacks: list = [Card(), metrics, Bar(), limits] if first else [limits]
+    if settings["keep_best"] or settings["early_stopping"]:
+        if ranks is not None:
+            raise UserError("--keep-best and --early-stopping are for one process")
+        if not splits["dev"]:
+            raise UserError("--keep-best and --early-stopping need dev examples: give --dev-data")
+        best = Best(settings["keep_best"] or "loss", settings["early_stopping"], waits=lambda: limits.interrupted)
+        callbacks.append(best)
 
     def prepare() -> tuple[ZOTrainer, Path | None]:
         prompts = classifier.encode(splits["train"], say)
@@ -160,7 +171,7 @@ def fit(
                 eval_dataset=dev or None,
                 data_collator=classifier.collator(),
                 compute_metrics=metrics_of_dev,
-                callbacks=[Card(), metrics, Bar(), limits] if first else [limits],
+                callbacks=callbacks,
                 journal="resume" if resume else True,
                 identity={
                     # Of private data not even a digest goes into a file: it would tell who is among them.
@@ -171,7 +182,7 @@ def fit(
                     "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
                     **aim.identity,
                 },
-                about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "preset")},
+                about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "quantize", "preset")},
                 fsync_every=settings["fsync_every"],
                 ranks=ranks,
             )
@@ -193,6 +204,8 @@ def fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:
         raise Interrupted
+    if best is not None:
+        say(f"the adapter is that of step {best.step:,}, where {best.metric} on dev was best")
     if first:
         with disk_errors(folder):
             trainer.save_model(str(folder))
@@ -208,7 +221,7 @@ def fit(
         dropped=trainer.zeroth_order.dropped,
         privacy={**asdict(zo.privacy), "epsilon": zo.privacy.epsilon(trainer.state.global_step)} if zo.privacy else {},
         peak_bytes=peak.bytes,
-        dev=metrics.dev,
+        best_step=best.step if best is not None else None,
     )
 
 
@@ -306,6 +319,8 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
 
     lines = read_metrics(partial / METRICS)
     dev = [line for line in lines if line["kind"] == "dev"]
+    last = outcome.steps if outcome.best_step is None else outcome.best_step
+    kept = [line for line in dev if line["step"] <= last]
     if memory:
         memory["training_bytes"] = outcome.peak_bytes - model_bytes
     summary = {
@@ -317,9 +332,10 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
         "seed": settings["seed"],
         "splits": {name: len(examples) for name, examples in splits.items()},
         "test": {when: _numbers(result) for when, result in measured.items()},
-        "dev": {"before": _numbers(dev[0]), "after": _numbers(dev[-1])} if dev else {},
+        "dev": {"before": _numbers(dev[0]), "after": _numbers(kept[-1])} if dev else {},
         "training": {
             "steps": outcome.steps,
+            "best_step": outcome.best_step,
             "rows": outcome.rows,
             "losses": outcome.losses,
             "tokens": outcome.tokens,

@@ -106,23 +106,23 @@ def test_epochs_evaluations_logs_and_checkpoints(tmp_path):
     assert rates == pytest.approx([0.0, 0.05, *(0.1 * (1 - k / 4) ** 2 for k in range(4))])
 
 
-class Scripted(TrainerCallback):
-    """Losses of evaluations that are given, in place of those that are measured."""
+def script_evaluations(monkeypatch, **metrics):
+    """Let the evaluations of any ZOTrainer find these values, in turn."""
+    loop, remaining = ZOTrainer.evaluation_loop, {name: iter(values) for name, values in metrics.items()}
 
-    def __init__(self, monkeypatch, losses):
-        evaluate, remaining = ZOTrainer.evaluate, iter(losses)
+    def scripted(trainer, *args, **kwargs):
+        output = loop(trainer, *args, **kwargs)
+        output.metrics.update({f"eval_{name}": next(values) for name, values in remaining.items()})
+        return output
 
-        def scripted(trainer, *args, **kwargs):
-            return {**evaluate(trainer, *args, **kwargs), "eval_loss": next(remaining)}
-
-        monkeypatch.setattr(ZOTrainer, "evaluate", scripted)
+    monkeypatch.setattr(ZOTrainer, "evaluation_loop", scripted)
 
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
 
 
 def test_the_best_model_is_what_the_journal_ends_with(tmp_path, monkeypatch):
-    Scripted(monkeypatch, [5.0, 3.0, 4.0, 3.5, 9.0, 9.0])
+    script_evaluations(monkeypatch, loss=[5.0, 3.0, 4.0, 3.5, 9.0, 9.0])
     run = trainer(tmp_path, max_steps=8, save_total_limit=1, callbacks=[EarlyStoppingCallback(3)], **BEST)
     run.train()
     assert run.state.global_step == 5 and run.state.best_global_step == 2
@@ -137,7 +137,7 @@ def test_the_best_model_is_what_the_journal_ends_with(tmp_path, monkeypatch):
 
 
 def test_a_best_model_run_goes_on_from_the_best(tmp_path, monkeypatch):
-    Scripted(monkeypatch, [3.0, 5.0, 6.0, 7.0, 1.0])
+    script_evaluations(monkeypatch, loss=[3.0, 5.0, 6.0, 7.0, 1.0])
     trainer(tmp_path, max_steps=3, **BEST).train()
     before = (tmp_path / NAME).read_bytes()
     at_end = trainer(tmp_path, max_steps=3, **BEST)
@@ -155,7 +155,7 @@ def flat(replayed):
 
 
 def test_the_best_model_without_a_journal_is_the_checkpoint(tmp_path, monkeypatch):
-    Scripted(monkeypatch, [3.0, 5.0])
+    script_evaluations(monkeypatch, loss=[3.0, 5.0])
     run = trainer(tmp_path, max_steps=2, **BEST)
     run.journal_wanted = False
     run.train()

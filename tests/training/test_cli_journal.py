@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_arguments import script_evaluations
 from tiny_run import fails, main, train_command, write_model
 
 from adazeta import UserError, cli
@@ -212,3 +213,43 @@ def test_deterministic_leaves_nothing_to_the_clock(monkeypatch):
     assert make_deterministic({**values, "dtype": "mixed", "threads": 2})["dtype"] == "mixed"
     with pytest.raises(UserError, match="depends on the clock"):
         make_deterministic({**values, "max_minutes": 1.0})
+
+
+def test_the_best_evaluation_is_kept_and_replays(world, capsys, monkeypatch):
+    """Losses on dev are given: best after 6 steps of 12, and after 2 more evaluations it is time to stop."""
+    folder, _ = world
+    script_evaluations(monkeypatch, loss=[0.9, 0.8, 0.5, 0.7, 0.6, 0.1])
+    command = train_command(folder, "best", "--early-stopping", 2, "--eval-every", 3, "--steps", 15)
+    code, out, err = main(capsys, *command)
+    assert code == 0, err
+    run = folder / "best"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["training"]["steps"], summary["training"]["best_step"]) == (12, 6)
+    assert summary["dev"]["after"]["loss"] == 0.5
+    code, out, _ = main(capsys, "replay", run)
+    assert (code, "bit for bit" in out) == (0, True)
+    assert [step.back_to for step in steps(run / "journal.azj")] == [None] * 12 + [6]
+    assert "expected a metric of dev, accuracy, loss" in fails(capsys, *train_command(folder, "x", "--keep-best", "f2"))
+    assert not (folder / "x.partial").exists()
+
+
+def test_the_best_may_be_the_base_model_and_a_resumed_run_ends_alike(world, capsys, monkeypatch):
+    folder, _ = world
+    script_evaluations(monkeypatch, accuracy=[0.9, 0.8, 0.9, float("nan")])
+
+    def disk_full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as during:
+        during.setattr("adazeta.training.digests", disk_full)
+        command = train_command(folder, "untrained", "--keep-best", "accuracy", "--eval-every", 4)
+        with pytest.raises(OSError):
+            main(capsys, *command)
+    journal = (folder / "untrained.partial" / "journal.azj").read_bytes()
+    code, _, err = main(capsys, "train", "--output", folder / "untrained", "--resume")
+    assert code == 0 and "is that of step 0" in err, err
+    run = folder / "untrained"
+    assert (run / "journal.azj").read_bytes() == journal
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["dev"]["after"] == summary["dev"]["before"] and summary["training"]["best_step"] == 0
+    assert main(capsys, "replay", run)[0] == 0

@@ -35,9 +35,8 @@ def opened(arguments):
 
         torch.set_num_threads(values["threads"])
     dtype = None if values["dtype"] == "auto" else values["dtype"]
-    return Classifier.open(
-        arguments.name, task=task, dtype=dtype, journal=arguments.journal, device=values["device"], say=say
-    )
+    stored = {"dtype": dtype, "quantize": values["quantize"], "device": values["device"]}
+    return Classifier.open(arguments.name, task=task, **stored, journal=arguments.journal, say=say)
 
 
 def data_settings(arguments, options: list) -> dict:

@@ -1,0 +1,129 @@
+"""Quantised and low-memory bases as `transformers` loads them; a cell that cannot run here is skipped, and says why."""
+
+from importlib.util import find_spec
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import lm_batch
+from tiny_run import main, train_command, write_data, write_model
+from transformers import AutoModelForCausalLM
+
+from adazeta import TTConfig, UserError, ZerothOrder
+from adazeta.base_models import load_base
+from adazeta.digests import base_sha256
+from adazeta.frozen import mix, pack
+from adazeta.journal import NAME
+from adazeta.losses import lm_loss
+from adazeta.planner import Planner
+from adazeta.probes import Plan, evaluate_probes
+from adazeta.quantized import METHODS, all_finite, quantization_config
+from adazeta.replay import replay
+
+NEEDS_GPU = {"int4": "torchao packs int4 weights for GPUs and XPUs only"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("quantized") / "base", intermediate_size=128)
+
+
+def load(base, method, dtype=torch.float32, **keywords):
+    """The base model of a cell of the table, or a skip with its reason."""
+    if method in METHODS:
+        if find_spec(METHODS[method]) is None:
+            pytest.skip(f"{method}: the package {METHODS[method]} is not installed")
+        if method in NEEDS_GPU and not torch.cuda.is_available():
+            pytest.skip(f"{method}: {NEEDS_GPU[method]}")
+        keywords["quantization_config"] = quantization_config(method)
+    elif method == "gguf":
+        pytest.skip("gguf: transformers makes plain weights of it as it reads; test_assets.py reads SmolLM2's so")
+    elif method == "devices" and torch.cuda.device_count() < 1:
+        pytest.skip("device_map over a GPU and the CPU: torch finds no GPU")
+    elif method == "devices":
+        keywords["device_map"] = {**placed("cuda:0"), "model.layers.1": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **keywords).requires_grad_(False).eval()
+
+
+def placed(device):
+    names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    return {name: device for name in names}
+
+
+CELLS = [*METHODS, "gguf", "devices", "disk"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", CELLS)
+def test_an_adapter_trains_on_it(base, tmp_path, method, dtype):
+    """Identity at the start, batched as one by one, weights untouched, and a journal that makes the adapter again."""
+    offload = {"device_map": {**placed("cpu"), "model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    model = load(base, method, dtype, **(offload if method == "disk" else {}))
+    batch = lm_batch(4)
+    with torch.no_grad():
+        plain = lm_loss(model, batch)
+    if method in METHODS:
+        quantised = sum(type(m._parameters.get("weight")) is not torch.nn.Parameter for m in linears(model))
+        assert quantised == 14 and all(all_finite(p) for p in model.parameters())
+        assert mix(model) == 0 == pack(model, 16)
+    model = peft.get_peft_model(model, TTConfig(rank=2, bottleneck=8)).eval()
+    with torch.no_grad():
+        assert torch.equal(lm_loss(model, batch), plain)
+    before = base_sha256(model)
+    model.base_model.theta().add_(0.1)
+    plan = Plan([1, 2], 0.2, (1.0, -1.0), 1, 4)
+    together, alone = (
+        evaluate_probes(
+            plan,
+            batch,
+            lambda part: lm_loss(model, part),
+            tt_model=model.base_model,
+            planner=Planner(probes_per_forward=limit),
+        )
+        for limit in (4, 1)
+    )
+    torch.testing.assert_close(together, alone, atol=5e-6 if dtype == torch.float32 else 0.05, rtol=0)
+    assert together.std(1).max() > 1e-3
+    opt = ZerothOrder(model, lr=0.01, eps=0.05, queries=2)
+    opt.write_journal(tmp_path / NAME)
+    for _ in range(2):
+        opt.estimate(lm_loss, batch)
+        opt.step()
+    opt.journal.close()
+    assert torch.equal(replay(tmp_path).trainable.tensors[0], model.base_model.theta().cpu())
+    assert base_sha256(model) == before
+
+
+def linears(model):
+    return [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+
+
+@pytest.mark.parametrize("method", ["int8", "bnb4"])
+def test_train_and_predict_from_the_command_line(base, tmp_path, capsys, method):
+    """With --quantize, and from a folder that was saved quantised, to the same bits."""
+    model = load(base, method)
+    world = tmp_path / "world"
+    world.mkdir()
+    (world / "base").symlink_to(base)
+    write_data(world / "data.jsonl")
+    small = ("--steps", 2, "--positions", "all", "--queries", 2)
+    code, _, err = main(capsys, *train_command(world, "run", "--quantize", method, *small))
+    assert code == 0, err
+    code, out, err = main(capsys, "predict", world / "run", "a warm film", "--json", "--threads", 1)
+    assert code == 0 and '"label"' in out, err
+    (world / "base").unlink()
+    model.save_pretrained(world / "base")
+    load_base(str(base))[1].save_pretrained(world / "base")
+    code, _, err = main(capsys, *train_command(world, "again", *small))
+    assert code == 0, err
+    first, second = (load_file(world / name / "adapter_model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_what_is_missing_is_told(base, monkeypatch):
+    monkeypatch.setattr("adazeta.quantized.find_spec", lambda package: None)
+    with pytest.raises(UserError, match="bnb8 needs a package that is not installed: pip install bitsandbytes"):
+        load_base(str(base), quantize="bnb8")
+    with pytest.raises(UserError, match="expected one of int8, .*got 'int3'"):
+        load_base(str(base), quantize="int3")
