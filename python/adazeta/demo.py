@@ -103,3 +103,33 @@ def closing_table(summary: Mapping[str, Any]) -> str:
             table(lines) + "\n(the first three sentences whose answer changed, then the first two whose did not)"
         )
     return "\n\n".join(parts)
+
+
+def shown_sentences(
+    classifier: Classifier, examples: Sequence, measured: Mapping[str, Mapping[str, Any]]
+) -> list[dict]:
+    """Pick sentences by rule, not by taste: the first three whose answer changed, then the first two that did not."""
+    labels = classifier.task.labels
+    if labels is None:  # answers, not classes
+        return []
+    before, after = measured["before"], measured["after"]
+    pairs = list(zip(before["predictions"], after["predictions"]))
+    changed = [index for index, (old, new) in enumerate(pairs) if old != new][:3]
+    same = [index for index, (old, new) in enumerate(pairs) if old == new][: 5 - len(changed)]
+
+    def answer(result, index):
+        prediction = result["predictions"][index]
+        return {
+            "label": labels[prediction],
+            "probability": result["probabilities"][index][prediction],
+        }
+
+    return [
+        {
+            "text": examples[index].text,
+            "label": examples[index].label,
+            "before": answer(before, index),
+            "after": answer(after, index),
+        }
+        for index in changed + same
+    ]

@@ -280,7 +280,7 @@ def train(
 def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, resume: bool, test: bool, say, ranks):
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.auto import resolve_auto
-    from adazeta.demo import measure_memory
+    from adazeta.demo import measure_memory, shown_sentences
     from adazeta.distributed import together
     from adazeta.model_card import NAME as MODEL_CARD
     from adazeta.model_card import describe_run, model_card
@@ -349,7 +349,7 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
         "memory": memory,
         "prefix": outcome.prefix,
         "adapter": adapter_size(partial),
-        "sentences": _shown(classifier, held_out, measured) if held_out else [],
+        "sentences": shown_sentences(classifier, held_out, measured) if held_out else [],
         "machine": machine(),
         "digests": digests(partial, classifier.card),
     }
@@ -384,31 +384,3 @@ def _evaluate(
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     names = ("accuracy", "loss", "f1", "exact_match", "score")
     return {name: line[name] for name in names if name in line}
-
-
-def _shown(classifier: Classifier, examples: Sequence, measured: Mapping[str, Mapping[str, Any]]) -> list[dict]:
-    """Pick sentences by rule, not by taste: the first three whose answer changed, then the first two that did not."""
-    labels = classifier.task.labels
-    if labels is None:  # answers, not classes
-        return []
-    before, after = measured["before"], measured["after"]
-    pairs = list(zip(before["predictions"], after["predictions"]))
-    changed = [index for index, (old, new) in enumerate(pairs) if old != new][:3]
-    same = [index for index, (old, new) in enumerate(pairs) if old == new][: 5 - len(changed)]
-
-    def answer(result, index):
-        prediction = result["predictions"][index]
-        return {
-            "label": labels[prediction],
-            "probability": result["probabilities"][index][prediction],
-        }
-
-    return [
-        {
-            "text": examples[index].text,
-            "label": examples[index].label,
-            "before": answer(before, index),
-            "after": answer(after, index),
-        }
-        for index in changed + same
-    ]

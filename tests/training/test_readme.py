@@ -14,6 +14,7 @@ from adazeta import TTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STATUS = (ROOT / "docs" / "status.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_and_changes_the_adapter(tmp_path):
@@ -35,7 +36,7 @@ def test_files_and_tests_that_the_readme_names_exist():
     for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", README):
         if not link.startswith("docs/images/"):  # the picture is made by the demo
             assert (ROOT / link).is_file(), link
-    for path in re.findall(r"tests/\w+/\w+\.py", README):
+    for path in re.findall(r"tests/\w+/\w+\.py", README + STATUS):
         assert (ROOT / path).is_file(), path
 
 
@@ -43,7 +44,7 @@ def test_commands_that_the_readme_names_exist():
     from adazeta.cli import build_parser
 
     commands = next(iter(build_parser()._subparsers._group_actions)).choices
-    named = set(re.findall(r"[`/]adazeta ([a-z]+)", README))
+    named = set(re.findall(r"[`/]adazeta ([a-z]+)", README + STATUS))
     assert {"predict", "replay", "info", "train"} <= named
     assert named <= set(commands), named - set(commands)
     targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
