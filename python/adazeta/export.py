@@ -27,8 +27,9 @@ FORMS = ("low-rank", "lora", "merged")
 FACTORS, FACTORS_CARD = "low_rank.safetensors", "low_rank.json"
 NAMES = ("L1", "R1", "b1", "L2", "R2", "b2")
 FORMULA = "y = x + scale * ((act((x L1) R1 + b1) L2) R2 + b2)"
-#: What marks a folder as something that an export may replace.
-EXPORTED = (FACTORS_CARD, "adapter_config.json", "config.json")
+#: What is in an export alone: a LoRA adapter or a model of another origin has all the other files too.
+MARKER = "adazeta_export.json"
+EXPORTED = (FACTORS_CARD, MARKER)
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes biases for parts of sharded weights
         exported.save_pretrained(folder)
+    write_json(folder / MARKER, {"format": 1, "form": to})
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card, which names local folders
 
 

@@ -189,6 +189,21 @@ def test_the_command(world, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["factors"]
 
 
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    """Neither a base model nor an adapter of another origin, which have the files of a merged model and of a LoRA."""
+    _, run = write_run(tmp_path, "llama", bias=False)
+    adapted("llama").save_pretrained(tmp_path / "adapter")
+    before = {path: path.read_bytes() for name in ("base", "adapter") for path in (tmp_path / name).iterdir()}
+    for name in ("base", "adapter"):
+        for to in ("low-rank", "lora", "merged"):
+            with pytest.raises(UserError, match="not an earlier export"):
+                export(run, tmp_path / name, to, overwrite=True, say=print)
+    assert {path: path.read_bytes() for name in ("base", "adapter") for path in (tmp_path / name).iterdir()} == before
+    for to in ("low-rank", "lora", "merged"):
+        export(run, tmp_path / "out", to, overwrite=True, say=print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out", "run"]
+
+
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_the_guide_looks_and_exports(world, capsys, monkeypatch, tmp_path):
     guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
