@@ -29,7 +29,7 @@ from .digests import code_sha256
 from .errors import ToldEverywhere, UserError
 from .journal import read
 from .journal_format import difference, shown
-from .probes import batch_size
+from .probes import batch_size, take_rows
 from .recording import describe_run
 from .replay import initial_values
 from .update import Trainable
@@ -90,10 +90,9 @@ class Ranks:
         return range(column * number // self.columns, (column + 1) * number // self.columns)
 
     def part(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this rank's examples of a batch that all ranks hold; maybe none. Other values pass through."""
+        """Return this rank's examples of a batch that all ranks hold, maybe none: :func:`adazeta.probes.take_rows`."""
         number, row = batch_size(batch), self.rank // self.columns
-        own = slice(row * number // self.data, (row + 1) * number // self.data)
-        return {name: value[own] if torch.is_tensor(value) and value.ndim else value for name, value in batch.items()}
+        return take_rows(batch, torch.arange(row * number // self.data, (row + 1) * number // self.data))
 
     def gather(
         self, losses: torch.Tensor, queries: int, step: int, digest: int, rows: int, *, central: bool
@@ -185,6 +184,14 @@ class Ranks:
             )
         if self.data > 1 and optimizer.directions != "batch":
             raise ValueError(f"data is spread over ranks that share directions='batch', got {optimizer.directions!r}")
+
+    def check_loss(self, loss_fn: Callable) -> None:
+        """Check that a mean over ranks is a mean over examples; a ``ValueError`` says of which loss it is not."""
+        if self.data > 1 and hasattr(loss_fn, "of_probes"):
+            raise ValueError(
+                f"the data is spread over {self.data} parts, and this loss is one of all examples of a probe together "
+                "(the F1 of classes): leave the data in one part, so that ranks share out queries alone"
+            )
 
     def agree(self, optimizer, identity: Mapping[str, Any] | None = None) -> None:
         """Check that all ranks run the same code with the same settings on the same weights.

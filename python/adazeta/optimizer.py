@@ -180,11 +180,16 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
+
+        Raises:
+            ValueError: with the data spread over ranks, a loss that is no mean over examples.
         """
         if self.pending:
             return self.next_recorded.loss
         if self.privacy and self._projected:
             raise RuntimeError("a private step has one estimate: call step() before the next")
+        if self.ranks:
+            self.ranks.check_loss(loss_fn)
         least = 0 if self.ranks else 1  # a rank may get none of a small batch, and a drawn batch may be empty
         examples = batch_size(batch, least) if batch or not self.privacy else 0
         device = next(self.model.parameters()).device

@@ -109,6 +109,8 @@ class ZOTrainer(Trainer):
             raise ValueError("examples of a private step are drawn in one process; see examples/federated.py for many")
         if ranks is not None and self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end goes back by the journal, which only one of the ranks has")
+        if ranks is not None:
+            ranks.check_loss(self.loss)
         # First of all: what others write when training begins waits until the journal has been found to fit.
         self.callback_handler.callbacks.insert(0, _JournalCallback(self))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from on_ranks import on_ranks
 from tiny import lm_batch, tiny_adapted
 
-from adazeta import UserError, ZerothOrder
+from adazeta import UserError, ZerothOrder, ZOTrainer
 from adazeta.distributed import Ranks, open_journal
 from adazeta.journal import NAME, read
 from adazeta.losses import lm_loss
+from adazeta.objectives import ClassObjective
 
 SETTINGS = {"lr": 0.1, "eps": 0.05, "momentum": 0.9, "run_seed": 7, "probes_per_forward": 1}
 STEPS = 4
@@ -136,6 +138,9 @@ def test_the_parts_of_a_batch(tmp_path):
         assert ranks.part(batch)["ids"][:, 0].tolist() == [[0], [2], [4], [6, 8]][rank]
         assert ranks.part({"ids": torch.zeros(2, 1)})["ids"].shape == (rank % 2, 1)
         assert ranks.part(batch)["name"] == "x"
+        answers = {**batch, "references": [["a"], ["b"], ["c"], ["d"], ["e"]], "names": ["no", "yes"]}
+        assert ranks.part(answers)["references"] == [[["a"]], [["b"]], [["c"]], [["d"], ["e"]]][rank]
+        assert ranks.part(answers)["names"] == ["no", "yes"]
 
     assert on_ranks(4, tmp_path / "work", work) == ([0] * 4, [])
 
@@ -241,5 +246,12 @@ def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
             ZerothOrder(tiny_adapted(), ranks=Ranks(), on_divergence="rollback")
         with pytest.raises(ValueError, match="spread over ranks that share directions"):
             ZerothOrder(tiny_adapted(), ranks=Ranks(2), directions="example")
+        together = ClassObjective(SimpleNamespace(scores=None), "f1")  # no mean over examples
+        refused = pytest.raises(ValueError, match="spread over 2 parts, and this loss is one of all examples")
+        with refused:
+            ZerothOrder(tiny_adapted(), ranks=Ranks(2)).estimate(together, lm_batch(4))
+        with refused:
+            ZOTrainer(tiny_adapted(), loss=together, ranks=Ranks(2))
+        Ranks(1).check_loss(together)  # queries alone are shared out
 
     assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
