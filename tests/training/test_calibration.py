@@ -201,6 +201,13 @@ def test_one_of_the_two_can_be_given(world, capsys, preset):
     assert found["lr"] > 0
 
 
+def test_answers_are_measured_too(world, capsys):
+    given = ("--task", "completion", "--batches", 1, "--probed", 8, "--output", world / "found-answers", "--json")
+    code, out, err = main(capsys, "calibrate", *files(world), *TRAIN, *SAME_BITS, *given)
+    assert code == 0, err
+    assert json.loads(out)["lr"] > 0
+
+
 def test_a_resumed_run_keeps_its_numbers(world, capsys, monkeypatch):
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 2:
