@@ -11,7 +11,7 @@ from adazeta.calibration import LEVELS, Calibration, Run, measure
 from adazeta.data import on_device, row_tokens
 from adazeta.errors import UserError
 from adazeta.options import section
-from adazeta.prepare import steps_of, to_measure, with_numbers, zo_config
+from adazeta.prepare import TRIED, steps_of, to_measure, with_numbers, zo_config
 from adazeta.runs import Classifier
 
 BATCHES, DIRECTIONS = 8, 32
@@ -137,5 +137,13 @@ def resolve_auto(
 
 
 def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings of a resumed run: what it measured when it began stays."""
-    return {**settings, **{name: stored[name] for name in to_measure(settings) if stored and name in stored}}
+    """Return the settings of a resumed run: what trials found when it began stays.
+
+    An epsilon that is named again finds its noise again: a journal with another noise then refuses to go on.
+    """
+    if not stored:
+        return dict(settings)
+    found = {name: stored[name] for name in TRIED if settings[name] == "auto" and name in stored}
+    if settings["dp_epsilon"] is not None and settings["dp_noise"] == stored.get("dp_noise"):
+        found["dp_noise"] = None
+    return {**settings, **found}

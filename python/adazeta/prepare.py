@@ -15,6 +15,8 @@ from adazeta.presets import PRESETS
 from adazeta.runs import Classifier, card_of
 from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
 
+FROZEN = ("dtype", "gemm")  # settings of the frozen layers
+TRIED = (*FROZEN, "eps", "lr")  # settings that may be `auto`: what a trial on this machine finds
 _ANY = ("0", "1")  # labels of a head before those of the data are known
 
 
@@ -212,10 +214,12 @@ def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say)
     """Return the settings with the noise that ``dp_epsilon`` asks for; a resumed run finds it there.
 
     Raises:
-        UserError: settings out of their range, or no accountant library.
+        UserError: settings out of their range, both of them, or no accountant library.
     """
     if settings["dp_epsilon"] is None and settings["dp_noise"] is None:
         return dict(settings)
+    if settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
+        raise UserError("private training: --dp-epsilon asks for a noise, and --dp-noise gives it: give one of them")
     from adazeta.privacy import Privacy
 
     steps = steps_of(settings, preset, examples)

@@ -15,7 +15,17 @@ from adazeta.files import disk_errors
 from adazeta.measures import Aim, Measures, aim_of, measures_of
 from adazeta.memory import Peak, resident_bytes
 from adazeta.options import section
-from adazeta.prepare import load_data, new_classifier, settle, settle_machine, settle_privacy, steps_of, zo_config
+from adazeta.prepare import (
+    FROZEN,
+    TRIED,
+    load_data,
+    new_classifier,
+    settle,
+    settle_machine,
+    settle_privacy,
+    steps_of,
+    zo_config,
+)
 from adazeta.report import adapter_size, digests, machine
 from adazeta.runs import (
     CARD,
@@ -32,9 +42,6 @@ from adazeta.runs import (
     write_json,
 )
 from adazeta.tasks import to_dict
-
-FROZEN = ("dtype", "gemm")  # settings of the frozen layers
-TRIED = (*FROZEN, "eps", "lr")  # settings that may be `auto`: what a trial on this machine finds
 
 
 class Interrupted(Exception):

@@ -10,6 +10,7 @@ from tiny import lm_batch, tiny_adapted
 from tiny_run import SAME_BITS, fails, main, write_data, write_model
 
 from adazeta import ZerothOrder
+from adazeta.auto import as_before
 from adazeta.calibration import (
     LARGEST,
     LEVELS,
@@ -228,6 +229,14 @@ def test_a_resumed_run_keeps_its_numbers(world, capsys, monkeypatch):
     resumed = json.loads((world / "stopped" / "adazeta.json").read_text())
     assert resumed["settings"] == card["settings"]
     assert resumed["calibration"] == card["calibration"]
+
+
+def test_what_was_tried_when_a_run_began_stays():
+    auto = {"dtype": "auto", "gemm": "auto", "eps": "auto", "lr": "auto", "dp_epsilon": None, "dp_noise": None}
+    stored = {"dtype": "mixed", "gemm": "packed", "eps": 0.1, "lr": 0.2, "dp_epsilon": None, "dp_noise": None}
+    assert as_before(auto, stored) == stored
+    assert as_before({**auto, "gemm": "plain"}, stored)["gemm"] == "plain"
+    assert as_before(auto, None) == auto  # nothing yet
 
 
 def test_wrong_turns_are_one_line(world, capsys):

@@ -174,3 +174,11 @@ def test_the_command_line_keeps_to_epsilon_and_resumes(tmp_path, capsys):
     code, out, _ = main(capsys, "journal", "stats", tmp_path / "run", "--json")
     assert json.loads(out)["privacy"].startswith(f"epsilon {spent['epsilon']:.4g} at delta 0.001")
     assert cli.main(["replay", str(tmp_path / "run")]) == 0
+    assert "give one of them" in fails(capsys, "train", *where, *small, "--dp-noise", 0.1, "--overwrite")
+
+    (tmp_path / "run").rename(tmp_path / "run.partial")  # as if it had been killed before its last rename
+    resume = ("train", "--output", tmp_path / "run", "--resume")
+    assert "config.privacy" in fails(capsys, *resume, "--dp-epsilon", 1)
+    code, out, err = main(capsys, *resume, "--dp-epsilon", 4)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"] == spent
