@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_twins = WeakTensorKeyDictionary()  # tensor of a device -> its version, and the same numbers on the CPU
+_twins = WeakTensorKeyDictionary()  # tensor of a device -> the same numbers on the CPU, and the versions of both
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     twin = _twin(tensor)
     if twin is None:
         twin = tensor.cpu()
-        _twins[tensor] = (tensor._version, twin)
+        _pair(tensor, twin)
     return twin
 
 
@@ -29,7 +29,7 @@ def along(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
     """Return ``function(tensor)``, whose twin is then ``function`` of the twin if ``tensor`` has one."""
     result = function(tensor)
     if tensor.device.type != "cpu" and (twin := _twin(tensor)) is not None:
-        _twins[result] = (result._version, function(twin))
+        _pair(result, function(twin))
     return result
 
 
@@ -42,7 +42,7 @@ def onto(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
     moved = source.to(device, non_blocking=True)
     if tensor.device.type == "cpu" and not tensor.is_floating_point():
-        _twins[moved] = (moved._version, tensor)
+        _pair(moved, tensor)
     return moved
 
 
@@ -54,6 +54,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 def prefetched(batches: Iterable[Mapping[str, Any]], device: torch.device | str) -> Iterator[dict[str, Any]]:
     """Yield the batches on ``device``; a thread makes the next one and starts its copy while the caller uses this one.
 
+    Every batch must have tensors of its own: buffers that are filled again would change while they are used.
     On a GPU copies run on a stream of their own, which the caller's stream waits for.
     """
     device, source = torch.device(device), iter(batches)
@@ -82,6 +83,10 @@ def prefetched(batches: Iterable[Mapping[str, Any]], device: torch.device | str)
             yield batch
 
 
+def _pair(tensor: torch.Tensor, twin: torch.Tensor) -> None:
+    _twins[tensor] = (twin, tensor._version, twin._version)
+
+
 def _twin(tensor: torch.Tensor) -> torch.Tensor | None:
-    version, twin = _twins.get(tensor, (None, None))
-    return twin if version == tensor._version else None  # else it was written to since
+    twin, *versions = _twins.get(tensor, (None,))
+    return twin if twin is not None and versions == [tensor._version, twin._version] else None  # written to since

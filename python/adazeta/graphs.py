@@ -16,6 +16,7 @@ from torch import nn
 
 from .forwards import forward_of
 from .planner import is_out_of_memory
+from .prefix_identity import precision
 from .scoring import language_model, trunk_of
 from .tokens import looking
 
@@ -46,6 +47,7 @@ class Graphs:
         self._graphs: dict[tuple, _Graph] = {}
         self._met: set[tuple] = set()
         self._factors: dict[int, list[torch.Tensor]] = {}  # by number of probes: those of every layer
+        self._mark: tuple = ()  # what recordings read besides their inputs
         self._failed: str | None = None
         self._fixed: str | None = None
         self._said: str | None = None
@@ -94,8 +96,26 @@ class Graphs:
             self._say(reason)
             yield False
             return
+        self._drop_stale()
         with forward_of(trunk_of(self.model), self._forward):
             yield True
+
+    def _drop_stale(self) -> None:
+        """Forget recordings of weights that lie elsewhere by now, or of settings that changed."""
+        trunk = trunk_of(self.model)
+        weights = [*trunk.parameters(), *trunk.buffers()]
+        layers = [layer for _, layer in self.tt_model.tt_layers(self.adapter)]
+        mark = (
+            [(weight.data_ptr(), weight.dtype) for weight in weights],
+            [(layer.act[self.adapter], layer.scale[self.adapter]) for layer in layers],
+            precision(weights[0].device),
+            getattr(trunk.config, "_attn_implementation", None),
+        )
+        if mark != self._mark:
+            self._graphs.clear()
+            self._met.clear()
+            self._factors.clear()
+            self._mark = mark
 
     def describe(self, **kind: bool) -> str:
         """Say in a line whether graphs are used, or why not."""

@@ -264,6 +264,7 @@ class Prefix:
             yield
         finally:
             self.blocks._modules.update(own)
+            self.replace = None  # it holds hidden states
 
 
 class _StandIn(nn.Module):

@@ -146,7 +146,9 @@ def test_a_best_model_run_goes_on_from_the_best(tmp_path, monkeypatch):
     assert torch.equal(at_end.model.base_model.theta(), flat(replay(tmp_path, 1)))
     longer = trainer(tmp_path, max_steps=5, **BEST)
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert [step.back_to for step in read(tmp_path / NAME).steps] == [None] * 3 + [1, None]
+    steps = read(tmp_path / NAME).steps
+    assert [step.back_to for step in steps] == [None] * 3 + [1, None]
+    assert steps[-1].lr == longer.zeroth_order.param_groups[0]["initial_lr"] * longer.lr_scheduler.lr_lambdas[0](4)
     assert torch.equal(longer.model.base_model.theta(), flat(replay(tmp_path)))
 
 

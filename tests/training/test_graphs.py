@@ -59,6 +59,20 @@ def test_forwards_of_another_number_of_probes_are_another_shape():
     assert (opt.graphs.recorded, opt.graphs.replayed) == (2, 4)
 
 
+def test_recordings_of_weights_that_moved_are_forgotten():
+    opt, plain, batches = optimizer(copying), optimizer(), [lm_batch(2, 9, seed) for seed in range(3)]
+    assert run(opt, batches) == run(plain, batches)
+    weight = next(p for p in opt.model.parameters() if not p.requires_grad)
+    weight.data = weight.data.clone()  # as of a model that went to another device and back
+    assert run(opt, batches) == run(plain, batches)
+    assert (opt.graphs.recorded, opt.graphs.replayed) == (2, 4)
+    for one in (opt, plain):
+        layer = next(layer for _, layer in one.model.base_model.tt_layers("default"))
+        layer.scale["default"] = 0.5
+    assert run(opt, batches) == run(plain, batches)
+    assert opt.graphs.recorded == 3
+
+
 def test_no_more_shapes_than_the_limit(monkeypatch):
     monkeypatch.setattr("adazeta.graphs.MOST_SHAPES", 1)
     assert MOST_SHAPES > 1
