@@ -71,8 +71,6 @@ class Guard:
         """Take note of a step that was made, live or from the journal."""
         if step.back_to is not None:
             self.went_back += bool(step.losses)  # going back to the best evaluation is no divergence, and has none
-                step.losses
-            )  # going back to the best evaluation is no divergence: it measures nothing
             self._spreads.clear()
             self._losses.clear()
             self._silent = 0
