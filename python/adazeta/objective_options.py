@@ -5,6 +5,7 @@ from __future__ import annotations
 from adazeta.kinds import metrics, objective, positive
 from adazeta.option import Option
 
+MAX_NEW_TOKENS = Option("max-new-tokens", positive, "most tokens of an answer that is generated", 32)
 MEASURED = [
     Option(
         "metric",
@@ -14,7 +15,7 @@ MEASURED = [
         [],
         shown="what --objective names; of a run, what was measured in training",
     ),
-    Option("max-new-tokens", positive, "most tokens of an answer that is generated", 32),
+    MAX_NEW_TOKENS,
 ]
 OBJECTIVE = [
     Option(

@@ -26,7 +26,7 @@ from adazeta.kinds import (
     services,
 )
 from adazeta.memory import read_size
-from adazeta.objective_options import MEASURED, OBJECTIVE
+from adazeta.objective_options import OBJECTIVE
 from adazeta.option import Option
 from adazeta.options_data import DATA, SPLITTING, TASK
 from adazeta.options_private import PRIVATE
@@ -189,7 +189,6 @@ TRAINING = [
 EVALUATION = [
     Option("limit", positive, "first N examples of the split", shown="all"),
     Option("batch-size", positive, "examples a forward", 32),
-    *MEASURED,
 ]
 PLAN = [
     Option("batch-size", positive, "examples per step", 16),

@@ -32,12 +32,18 @@ class Answer:
 
 
 def answers(
-    classifier: Classifier, examples: list[Example], *, batch_size: int = 32, say: Say = lambda line: None
+    classifier: Classifier,
+    examples: list[Example],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    say: Say = lambda line: None,
 ) -> list[Answer]:
     """Return the answer to every example, in order; labels are not looked at. ``say`` is told of texts that are cut."""
     task = classifier.task
     if task.kind == "completion":
-        texts = task.generate(classifier.model, classifier.tokenizer, [example.content for example in examples])
+        asked, settings = [example.content for example in examples], {"batch_size": batch_size, "say": say}
+        texts = task.generate(classifier.model, classifier.tokenizer, asked, max_new_tokens=max_new_tokens, **settings)
         return [Answer(text, None) for text in texts]
     found = []
     for example, probabilities in zip(examples, classifier.probabilities(examples, batch_size=batch_size, say=say)):
@@ -51,6 +57,7 @@ def stream(
     pairs: Iterable[tuple[Example, Row]],
     *,
     batch_size: int = 32,
+    max_new_tokens: int = 32,
     at_once: int | None = None,
     say: Say = lambda line: None,
 ) -> Iterator[tuple[Example, Row, Answer]]:
@@ -66,7 +73,8 @@ def stream(
         notes.append(line)
 
     while chunk := list(islice(rest, at_once or BATCHES * batch_size)):
-        found = answers(classifier, [example for example, _ in chunk], batch_size=batch_size, say=first)
+        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "say": first}
+        found = answers(classifier, [example for example, _ in chunk], **settings)
         for (example, row), answer in zip(chunk, found):
             yield example, row, answer
 
@@ -79,6 +87,7 @@ def predict_file(
     *,
     split: str | None = None,
     batch_size: int = 32,
+    max_new_tokens: int = 32,
     overwrite: bool = False,
     say: Say = lambda line: None,
 ) -> int:
@@ -94,6 +103,7 @@ def predict_file(
         fields: where the examples are in a row; labels are not read.
         split: part of a source that has several.
         batch_size: examples a forward.
+        max_new_tokens: most tokens of an answer that is generated.
         overwrite: an earlier file at ``output`` may be replaced.
         say: told what is fetched, and of texts that are cut.
 
@@ -128,7 +138,8 @@ def predict_file(
     with replacing(output) as target, target.open("w", encoding="utf-8", newline="") as file:
         write = _json_writer(file) if as_json else _csv_writer(file, output, [*columns, *added], labels)
         with progress_bar(total, "predict", "rows") as bar:
-            for _, row, answer in stream(classifier, pairs, batch_size=batch_size, say=say):
+            settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "say": say}
+            for _, row, answer in stream(classifier, pairs, **settings):
                 write(row, answer)
                 bar.update()
     return total

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from on_ranks import on_ranks
 from tiny import lm_batch, tiny_adapted
+from transformers import TrainingArguments
 
 from adazeta import UserError, ZerothOrder, ZOTrainer
 from adazeta.distributed import Ranks, open_journal
@@ -251,7 +252,7 @@ def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
         with refused:
             ZerothOrder(tiny_adapted(), ranks=Ranks(2)).estimate(together, lm_batch(4))
         with refused:
-            ZOTrainer(tiny_adapted(), loss=together, ranks=Ranks(2))
+            ZOTrainer(tiny_adapted(), TrainingArguments(str(tmp_path)), loss=together, ranks=Ranks(2))
         Ranks(1).check_loss(together)  # queries alone are shared out
 
     assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])

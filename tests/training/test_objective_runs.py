@@ -100,8 +100,10 @@ def test_a_function_of_ones_own_gets_better(folder, capsys):
         assert after[name] == pytest.approx(expected)
     lines = [json.loads(line) for line in (folder / "own" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "accuracy", "f1", "exact_match", "score"} <= set(lines[-1])
-    code, out, err = main(capsys, "predict", folder / "own", *texts[:2], "--threads", 1)  # needs no function
-    assert code == 0, err
+    for more, expected in (((), said[:2]), (("--max-new-tokens", 1), [s[:1].strip() for s in said[:2]])):
+        code, out, err = main(capsys, "predict", folder / "own", *texts[:2], "--json", "--threads", 1, *more)
+        assert code == 0, err  # needs no function
+        assert [json.loads(line)["answer"] for line in out.splitlines()] == expected
 
 
 def test_a_stored_run_runs_no_file(folder, capsys):

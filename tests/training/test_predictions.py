@@ -88,9 +88,10 @@ class Model:
     """Stands for a classifier whose answers show what it was asked."""
 
     def __init__(self, kind, labels=None):
-        def generate(model, tokenizer, texts):
+        def generate(model, tokenizer, texts, *, max_new_tokens, batch_size, say):
+            say(f"{batch_size} at once")
             self.asked.append(list(texts))
-            return [text.upper() for text in texts]
+            return [text.upper()[:max_new_tokens] for text in texts]
 
         self.asked, self.model, self.tokenizer = [], None, None
         self.task = SimpleNamespace(kind=kind, labels=labels, generate=generate)
@@ -104,6 +105,9 @@ class Model:
 def test_answers_of_every_kind_of_task():
     (said,) = answers(Model("completion"), [Example("why", "")])
     assert (said.prediction, said.probabilities) == ("WHY", None)
+    notes = []
+    (said,) = answers(Model("completion"), [Example("why", "")], batch_size=3, max_new_tokens=2, say=notes.append)
+    assert (said.prediction, notes) == ("WH", ["3 at once"])
     (chosen,) = answers(Model("choice"), [Example("which", "", ("a", "b", "c"))])
     assert (chosen.prediction, chosen.probabilities) == ("b", {"a": 0.25, "b": 0.75, "c": 0.0})
 

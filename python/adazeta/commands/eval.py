@@ -24,7 +24,7 @@ def add(commands) -> None:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
     evaluate.add_argument("--journal", metavar="FILE", help=JOURNAL)
-    add_options(evaluate, {"evaluation": EVALUATION, "model": MODEL[1:], "data": DATA, "task": TASK})
+    add_options(evaluate, {"evaluation": [*EVALUATION, *MEASURED], "model": MODEL[1:], "data": DATA, "task": TASK})
 
 
 def _eval(arguments) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
+from ..objective_options import MAX_NEW_TOKENS
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, TASK
 from . import command, say, stay_offline
@@ -36,7 +37,9 @@ def add(commands) -> None:
     predict.add_argument("--overwrite", action="store_true", help="replace an earlier --output (default: off)")
     predict.add_argument("--split", help="part of --data, where it has several (default: test)")
     own = replace(DATA[0], help=f"label the rows of {DATA[0].help}; it needs no labels", shown="none, the texts")
-    add_options(predict, {"evaluation": EVALUATION[1:], "model": MODEL[1:], "data": [own, *DATA[1:]], "task": TASK})
+    answer = replace(MAX_NEW_TOKENS, shown=f"the run's, else {MAX_NEW_TOKENS.default}")
+    evaluation, data = [*EVALUATION[1:], answer], [own, *DATA[1:]]
+    add_options(predict, {"evaluation": evaluation, "model": MODEL[1:], "data": data, "task": TASK})
 
 
 def _predict(arguments) -> int:
@@ -54,20 +57,22 @@ def _predict(arguments) -> int:
         raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
     if arguments.output is not None:
         check_output(Path(arguments.output), arguments.overwrite)
-    data, size = data_settings(arguments, DATA), resolve(vars(arguments), EVALUATION)["batch_size"]
+    data = data_settings(arguments, [*DATA, MAX_NEW_TOKENS])
+    size = resolve(vars(arguments), EVALUATION)["batch_size"]
+    settings = {"batch_size": size, "max_new_tokens": data["max_new_tokens"], "say": say}
     stay_offline(given)
     classifier = opened(arguments)
     fields = replace(fields_of(data, classifier.task), label=None, skip=())
     split = arguments.split or "test"
     if arguments.output is not None:
-        settings = {"split": split, "batch_size": size, "overwrite": arguments.overwrite, "say": say}
-        count = predict_file(classifier, given, arguments.output, fields, **settings)
+        place = {"split": split, "overwrite": arguments.overwrite}
+        count = predict_file(classifier, given, arguments.output, fields, **place, **settings)
         say(f"{count:,} rows written to {arguments.output}")
         return 0
     piped = (1 if sys.stdin.isatty() else size) if "-" in arguments.text else None  # who writes a line wants an answer
     asked = _rows(given, split, fields) if given is not None else _texts(arguments.text, fields)
     count = 0
-    for example, _, answer in stream(classifier, asked, batch_size=size, at_once=piped, say=say):
+    for example, _, answer in stream(classifier, asked, at_once=piped, **settings):
         _print(arguments.json, example, answer)
         count += 1
     if not count:

@@ -41,13 +41,23 @@ class CompletionTask(AnswerTask):
         return Prompts([ids for ids, _ in rows], [labels for _, labels in rows], references=references)
 
     def generate(
-        self, model, tokenizer, texts: Sequence, *, max_new_tokens: int = 64, batch_size: int = 16
+        self,
+        model,
+        tokenizer,
+        texts: Sequence,
+        *,
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
+        say=lambda line: None,
     ) -> list[str]:
-        """Return the model's greedy answer to every text (or columns by name), with a key-value cache."""
+        """Return the model's greedy answer to every text (or columns by name), with a key-value cache.
+
+        ``say`` is told of texts that are cut.
+        """
         from adazeta.data import RightPad, on_device
         from adazeta.generation import generate_answers
 
-        prompts, answers = encode_prompts(tokenizer, self.template, texts, self.max_tokens), []
+        prompts, answers = encode_prompts(tokenizer, self.template, texts, self.max_tokens, say=say), []
         device = next(model.parameters()).device
         for first in range(0, len(prompts), batch_size):
             batch = RightPad(0)([{"input_ids": ids} for ids in prompts[first : first + batch_size]])
