@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__, assets
 from .report import facts, machine
+from .rows import HUB
 from .runs import ADAPTER, CARD, CURVES, METRICS, SUMMARY, read_card, read_json, write_json
 
 NAME = "README.md"
@@ -27,10 +28,14 @@ METHODS = {"TT": "tensor-train"}
 HUB_NAMES = {assets.MODEL_NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DATA_NAMES = {"movies": "Movie review sentences (Hutto and Gilbert 2014)"}
 PIPELINES = {"completion": "text-generation"}
+#: What a card says of its journal, where there is one.
+REPLAY = "`adazeta replay` rebuilds the adapter from `journal.azj`, bit for bit, and compares it."
+#: Settings that may be a path, from the folder of the command too, and never name a model.
+SOURCES = ("data", "dev_data", "objective")
 #: Settings that a card lists; none of them is a path.
 SETTINGS = (
     *("rank", "bottleneck", "sites", "layers", "positions", "act", "bias", "adapter_scale"),
-    *("eps", "queries", "directions", "difference", "combine", "clip", "momentum", "distribution", "objective"),
+    *("eps", "queries", "directions", "difference", "combine", "clip", "momentum", "distribution"),
     *("lr", "lr_schedule", "warmup_steps", "weight_decay", "batch_size", "accumulate"),
 )
 
@@ -60,6 +65,7 @@ def describe_run(card: Mapping[str, Any], summary: Mapping[str, Any], name: str,
         model: the adapted model.
     """
     settings = card["settings"]
+    shown = {"preset": card["preset"], "dtype": card["dtype"], **{k: settings.get(k) for k in SETTINGS}}
     return {
         "name": name,
         "model_class": _class_of(model),
@@ -71,7 +77,7 @@ def describe_run(card: Mapping[str, Any], summary: Mapping[str, Any], name: str,
         "training": summary["training"],
         "numbers": summary["adapter"]["numbers"],
         "seed": settings["seed"],
-        "settings": {"preset": card["preset"], "dtype": card["dtype"], **{k: settings.get(k) for k in SETTINGS}},
+        "settings": {**shown, "objective": summary.get("objective")},  # as typed it may hold a path
         "digests": summary["digests"],
         "machine": summary["machine"],
     }
@@ -247,7 +253,7 @@ def _training(about: Mapping[str, Any]) -> str:
     pairs += [(key, value) for key, value in (about.get("digests") or {}).items()]
     text = f"```\n{facts(pairs)}\n```"
     if about.get("digests"):
-        text += "\n\n`adazeta replay` rebuilds the adapter from `journal.azj`, bit for bit, and compares it."
+        text += f"\n\n{REPLAY}"
     return text
 
 
@@ -280,8 +286,8 @@ def push_run(
     """
     from huggingface_hub import HfApi
 
+    from .journal import INITIAL_NAME, read
     from .journal import NAME as JOURNAL
-    from .journal import read
 
     folder, api = Path(folder), api or HfApi(token=token)
     card = read_card(folder)
@@ -294,22 +300,29 @@ def push_run(
             if (folder / name).is_file():
                 write_json(target / name, _without_paths(read_json(folder / name)))
         if (folder / JOURNAL).is_file():
-            if os.path.isabs(str(read(folder / JOURNAL, repair=True).header["about"].get("base_model", ""))):
+            header = read(folder / JOURNAL, repair=True).header
+            if os.path.isabs(str(header["about"].get("base_model", ""))):
                 say(f"{JOURNAL} is left out: it names the folder of the base model, and cannot be changed")
+                if (target / NAME).is_file():
+                    text = (target / NAME).read_text(encoding="utf-8")
+                    (target / NAME).write_text(text.replace(f"\n\n{REPLAY}", ""), encoding="utf-8")
             else:
-                shutil.copy(folder / JOURNAL, target / JOURNAL)
+                for name in (JOURNAL, INITIAL_NAME) if header["initial"] == "file" else (JOURNAL,):
+                    shutil.copy(folder / name, target / name)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         message = f"Adapter for {hub_name(card['base_model']) or Path(card['base_model']).name}"
         return api.upload_folder(repo_id=repository, folder_path=str(target), commit_message=message)
 
 
 def _without_paths(values: Mapping[str, Any]) -> dict:
-    """Return JSON values with names in place of absolute paths, in settings and base models."""
+    """Return JSON values with names in place of paths, in settings and base models."""
     found = {}
     for key, value in values.items():
         if key == "settings" and isinstance(value, Mapping):
             value = _without_paths(value)
-        elif isinstance(value, str) and os.path.isabs(value):
+        elif key in SOURCES and isinstance(value, str) and not value.startswith(HUB):
+            value = Path(value).name
+        elif isinstance(value, str) and (os.path.isabs(value) or value.startswith(("~/", "./", "../"))):
             value = hub_name(value) or Path(value).name
         found[key] = value
     return found

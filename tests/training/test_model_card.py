@@ -10,8 +10,10 @@ from peft import PeftModel
 from tiny import lm_batch, tiny_adapted, tiny_llama
 from transformers import TrainingArguments
 
-from adazeta import ZOConfig, ZOTrainer
-from adazeta.model_card import hub_name, model_card, push_run
+from adazeta import ZerothOrder, ZOConfig, ZOTrainer
+from adazeta.losses import lm_loss
+from adazeta.model_card import REPLAY, describe_run, hub_name, model_card, push_run
+from adazeta.replay import replay
 
 
 class FakeHub:
@@ -86,7 +88,9 @@ def test_pushing_a_run_leaves_the_paths_out(world, tmp_path):
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"} <= set(hub.files)
     assert not [name for name, content in hub.files.items() if str(folder).encode() in content]
     assert "journal.azj" not in hub.files and "names the folder" in notes[0]
-    assert hub.files["README.md"] == (folder / "run" / "README.md").read_bytes()
+    card = (folder / "run" / "README.md").read_text()
+    assert card.endswith("\n\n" + REPLAY + "\n")  # of the journal, which stays behind
+    assert hub.files["README.md"].decode() == card.removesuffix("\n\n" + REPLAY + "\n") + "\n"
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "base"
     for name, content in hub.files.items():
         (tmp_path / name).write_bytes(content)
@@ -96,6 +100,39 @@ def test_pushing_a_run_leaves_the_paths_out(world, tmp_path):
     ids = torch.arange(3, 11)[None]
     ours, theirs = (PeftModel.from_pretrained(*pair)(ids).logits for pair in zip(base, (folder / "run", tmp_path)))
     assert torch.equal(ours, theirs)
+
+
+def test_no_path_of_data_or_objective_gets_out(world, tmp_path):
+    """Neither as it was typed, nor from the home folder, nor from the folder of the command."""
+    run, summary = tmp_path / "run", json.loads((world[0] / "run" / "summary.json").read_text())
+    shutil.copytree(world[0] / "run", run)
+    card = json.loads((run / "adazeta.json").read_text())
+    for objective, data in (("/home/me/score.py:f", "~/me/rows.csv"), ("me/score.py:f", "../me/rows.csv")):
+        card["settings"] |= {"objective": objective, "data": data, "dev_data": "hub:org/me@main"}
+        (run / "adazeta.json").write_text(json.dumps(card))
+        about = describe_run(card, {**summary, "objective": "score.py:f"}, "run", tiny_adapted())
+        text = model_card(about).content
+        assert "/score.py" not in text and "score.py:f" in text
+        assert "me/rows" not in text and "rows.csv" in text
+        push_run(run, "me/adapter", api=(hub := FakeHub()))
+        pushed = json.loads(hub.files["adazeta.json"])["settings"]
+        named = {"objective": "score.py:f", "data": "rows.csv", "dev_data": "hub:org/me@main"}
+        assert {key: pushed[key] for key in named} == named
+
+
+def test_a_journal_is_pushed_with_the_numbers_it_begins_with(world, tmp_path):
+    run, model = tmp_path / "run", tiny_adapted(noise=0.2)
+    shutil.copytree(world[0] / "run", run)
+    opt = ZerothOrder(model, queries=2, lr=0.1)
+    opt.write_journal(run / "journal.azj")
+    opt.estimate(lm_loss, lm_batch(2))
+    opt.step()
+    opt.journal.close()
+    push_run(run, "me/adapter", api=(hub := FakeHub()))
+    for name in ("journal.azj", "journal-initial.safetensors"):
+        (tmp_path / name).write_bytes(hub.files[name])
+    assert torch.equal(replay(tmp_path).trainable.tensors[0], model.base_model.theta())
+    assert REPLAY in hub.files["README.md"].decode()
 
 
 def test_the_trainer_pushes_its_own_card(tmp_path, monkeypatch):
