@@ -64,6 +64,14 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
     )
 
 
+def check_measurable(settings: Mapping[str, Any]) -> None:
+    """Raise UserError where what is measured is not what a run with these settings would do."""
+    if (name := settings["objective"]) != "loss":
+        raise UserError(f"the task's loss is what is measured, and {name} is another one: eps and lr for it are tried")
+    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
+        raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
+
+
 def calibrate(
     classifier: Classifier,
     examples: Sequence,
@@ -81,8 +89,7 @@ def calibrate(
     from adazeta import ZerothOrder
     from adazeta.progress import progress_bar
 
-    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
-        raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
+    check_measurable(settings)
     rows, size = classifier.encode(examples), settings["batch_size"]
     batches = min(batches, len(rows) // size)
     if not batches or batches * size < 2:

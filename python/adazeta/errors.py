@@ -9,6 +9,10 @@ class UserError(RuntimeError):
     """
 
 
+class SettingError(UserError, ValueError):
+    """Settings that turn out not to go with the data, the loss or a checkpoint once training begins."""
+
+
 class JournalError(UserError, ValueError):
     """A journal that cannot be used: damaged, of another version, or of another run.
 

@@ -77,10 +77,7 @@ def plan_memory(
         memory_budget = max(1, (available_bytes() - weights) // 2)
     planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
     planner.scored = min(scored, tokens)
-    try:
-        probes = planner.probes(rows, tokens, device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    probes = planner.probes(rows, tokens, device)
     found = {
         "weights": weights,
         "adapter": _bytes_of(adapted) - weights,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .errors import SettingError
 from .memory import MIB, available_bytes
 
 log = logging.getLogger("adazeta")
@@ -89,7 +90,7 @@ class Planner:
             device: type of the device that runs it.
 
         Raises:
-            ValueError: the memory budget is too small for one probe.
+            SettingError: the memory budget is too small for one probe.
         """
         knee = self._knee if device == "cpu" else tokens_per_forward(None, device)
         wanted = self.probes_per_forward or max(1, knee // max(1, rows * tokens))
@@ -100,7 +101,7 @@ class Planner:
         if fitting < rows and not self._asked_for:  # nobody set this limit: memory may do all the same
             return 1
         if fitting < rows:
-            raise ValueError(
+            raise SettingError(
                 f"a memory budget of {self._budget(device) / MIB:,.1f} MiB is too small for one probe of {rows} rows "
                 f"of up to {wide} tokens, {self._bytes(rows, wide) / MIB:,.1f} MiB: raise it, or take a smaller batch"
             )
@@ -110,7 +111,7 @@ class Planner:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.
 
         Raises:
-            ValueError: the memory budget is too small for one.
+            SettingError: the memory budget is too small for one.
         """
         most, self.probes_per_forward = self.probes_per_forward, None
         try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import UserError
+from .errors import SettingError, UserError
 
 # From the operating system, never from a seed: whoever could draw the noise again could take it away, and who knows
 # which examples were drawn gets no protection from the drawing.
@@ -111,9 +111,9 @@ class Privacy:
         return torch.stack((mean, torch.zeros_like(mean)), 1)[None, :, :, None]
 
     def check_rows(self, loss_fn, *, mix: bool) -> None:
-        """Check that an example's losses are its own, as clipping counts on; a ``ValueError`` says if not."""
+        """Check that an example's losses are its own, as clipping counts on; a ``SettingError`` says if not."""
         if mix or any(hasattr(loss_fn, name) for name in ("per_row", "of_probes")):
-            raise ValueError(
+            raise SettingError(
                 "private steps bound what an example adds by its own losses, and here the loss of a row depends on the "
                 "other rows: take a loss that gives every row its own"
             )
@@ -159,15 +159,15 @@ class PoissonBatches:
 
 
 def check_batches(privacy: Privacy, args, dataset) -> None:
-    """Check that the Trainer's batches are those that ``privacy`` counts on; a ``ValueError`` says what not."""
+    """Check that the Trainer's batches are those that ``privacy`` counts on; a ``SettingError`` says what not."""
     found = args.per_device_train_batch_size, len(dataset)
     if found != (privacy.batch_size, privacy.examples):
-        raise ValueError(
+        raise SettingError(
             f"privacy is counted for batches of {privacy.batch_size} of {privacy.examples} examples, got batches of "
             f"{found[0]} of {found[1]}"
         )
     if args.gradient_accumulation_steps != 1:
-        raise ValueError(
+        raise SettingError(
             f"a private step has one batch, got gradient_accumulation_steps={args.gradient_accumulation_steps}; take a "
             "larger batch instead, a forward holds as much of it as memory allows"
         )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .errors import SettingError
+
 _SETTINGS = ("lr", "momentum", "weight_decay")
 
 
@@ -24,14 +26,14 @@ def check_state(optimizer, state_dict: dict[str, Any]) -> None:
     """Refuse the state of another run before anything is restored.
 
     Raises:
-        ValueError: it belongs to another run seed or to other parameters.
+        SettingError: it belongs to another run seed or to other parameters.
     """
     own = state_dict["zeroth_order"]
     if own["run_seed"] != optimizer.run_seed:
-        raise ValueError(f"the state was saved with run_seed {own['run_seed']}, this run has {optimizer.run_seed}")
+        raise SettingError(f"the state was saved with run_seed {own['run_seed']}, this run has {optimizer.run_seed}")
     shapes = [t.shape for t in optimizer.trainable().tensors]
     if own["momentum"] and [m.shape for m in own["momentum"]] != shapes:
-        raise ValueError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
+        raise SettingError(f"momentum of shapes {[tuple(m.shape) for m in own['momentum']]} does not fit {shapes}")
 
 
 def restore(optimizer, state_dict: dict[str, Any]) -> None:

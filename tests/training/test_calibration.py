@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -191,6 +192,25 @@ def test_calibrate_then_train_then_info(world, capsys):
     assert "noise of a loss" in out
 
 
+def test_the_settings_file_of_a_run_and_data_of_the_hub(world, capsys, monkeypatch):
+    """The file may say where the run goes, and by which preset; a source on the hub is looked up."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that the end of the test puts back what was there
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    seen = {}
+
+    def load_data(settings, say):
+        seen.update(settings, offline=os.environ.get("HF_HUB_OFFLINE"))
+        raise UserError("seen")
+
+    monkeypatch.setattr("adazeta.prepare.load_data", load_data)
+    path = world / "run.yaml"
+    path.write_text(f"output: {world / 'mine'}\npreset: paper\nmodel: {world / 'base'}\ndata: hub:some/films\n")
+    assert "seen" in fails(capsys, "calibrate", "--config", path)
+    assert (seen["act"], seen["eps"], seen["offline"]) == ("relu", "auto", None)
+    assert "seen" in fails(capsys, "calibrate", "--config", path, "--preset", "default", "--data", "films.csv")
+    assert (seen["act"], seen["offline"]) == ("identity", "1")
+
+
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_one_of_the_two_can_be_given(world, capsys, preset):
     given = ("--eps", 0.02, "--preset", preset, "--output", world / f"found-{preset}", "--json")
@@ -224,7 +244,9 @@ def test_a_resumed_run_keeps_its_numbers(world, capsys, monkeypatch):
         raise AssertionError("a resumed run calibrated again")
 
     monkeypatch.setattr("adazeta.auto.calibrate", measured_again)
-    code, _, err = main(capsys, "train", "--output", world / "stopped", "--resume", *AUTO)
+    resume = ("train", "--output", world / "stopped", "--resume")
+    assert "saved with run_seed 0, this run has 7" in fails(capsys, *resume, "--seed", 7)
+    code, _, err = main(capsys, *resume, *AUTO)
     assert code == 0, err
     resumed = json.loads((world / "stopped" / "adazeta.json").read_text())
     assert resumed["settings"] == card["settings"]
@@ -244,5 +266,7 @@ def test_wrong_turns_are_one_line(world, capsys):
     assert "needs a batch of 500 examples" in line
     assert "--batches" in fails(capsys, "calibrate", *files(world), "--batches", 0)
     assert "--lr: could not convert" in fails(capsys, "train", *files(world), "--lr", "automatic")
+    line = fails(capsys, "calibrate", *files(world), "--objective", "accuracy")
+    assert "the task's loss is what is measured, and accuracy is another one" in line
     line = fails(capsys, "calibrate", *files(world), *SAME_BITS, *TRAIN, "--lr-schedule", "cosine_with_min_lr")
     assert "--lr auto" in line and "give --lr a number" in line

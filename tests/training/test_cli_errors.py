@@ -79,6 +79,7 @@ def test_bad_settings(world, capsys, tmp_path):
         (("--sites", "nowhere"), "adapter:"),
         (("--dtype", "int8"), "--dtype: expected one of auto, float32"),
         (("--rank", 1000), "adapter:"),
+        (("--memory-budget", "1KiB"), "memory budget of 0.0 MiB is too small for one probe"),
         (("--lr-schedule", "steep"), "steep"),
         (("--label-words", "negative=bad,positive=good"), "have several tokens"),
     ]:

@@ -162,6 +162,9 @@ def test_the_command_line_keeps_to_epsilon_and_resumes(tmp_path, capsys):
     small += ["--dp-epsilon", 4, "--dp-delta", 1e-3]
     assert "need directions='batch'" in fails(capsys, "train", *where, *small, "--directions", "example")
     assert "delta must be in" in fails(capsys, "train", *where, *small, "--dp-delta", 0.5)
+    assert "a private step has one batch" in fails(capsys, "train", *where, *small, "--accumulate", 2)
+    assert "depends on the other rows" in fails(capsys, "train", *where, *small, "--objective", "f1")
+    assert not list(tmp_path.glob("run*"))
     code, out, err = main(capsys, "train", *where, *small)
     assert code == 0, err
     assert "epsilon 4 at delta 0.001 after 4 steps" in err and "privacy" in out

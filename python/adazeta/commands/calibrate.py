@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..options import GROUPS, TRAIN, add_options, read_yaml, resolve
-from ..presets import PRESETS
-from . import command, quiet, say
+from ..errors import UserError
+from ..options import GROUPS, RUN, TRAIN, add_options, read_yaml, resolve
+from . import command, quiet, say, stay_offline
 
 FILE, PLOT = "calibration.json", "calibration.png"
+PRESET = [option for option in RUN if option.key == "preset"]
 
 
 def add(commands) -> None:
     """Add the command."""
     parser = command(commands, "calibrate", _calibrate, "measure noise, curvature and gradient; propose --eps and --lr")
+    parser.set_defaults(may_go_online=True)
     parser.add_argument(
         "--output",
         default="runs/calibration",
@@ -22,36 +24,40 @@ def add(commands) -> None:
         help=f"folder for {FILE} and {PLOT} (default: runs/calibration)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
-    parser.add_argument("--preset", default="default", choices=tuple(PRESETS), help="named settings (default: default)")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags (default: none)")
     parser.add_argument("--batches", type=int, default=8, metavar="N", help="batches to measure on (default: 8)")
     parser.add_argument("--probed", type=int, default=32, metavar="N", help="directions to look along (default: 32)")
-    add_options(parser, GROUPS)
+    add_options(parser, {"run": PRESET, **GROUPS})
 
 
 def _calibrate(arguments) -> int:
-    from ..auto import calibrate
-    from ..calibration_report import describe, draw
-    from ..errors import UserError
-    from ..files import disk_errors
-    from ..prepare import load_data, new_classifier, settle, settle_machine
-    from ..runs import write_json
-
     if arguments.batches < 1 or arguments.probed < 8:
         raise UserError(
             f"expected --batches of 1 and --probed of 8 at least, got {arguments.batches}, {arguments.probed}"
         )
-    from_file = {"eps": "auto", "lr": "auto", **(read_yaml(arguments.config, TRAIN) if arguments.config else {})}
-    settings = resolve(vars(arguments), TRAIN, preset=arguments.preset, from_file=from_file)
+    # The file may be that of the run: what it says of the run's folder is of no matter here.
+    read = read_yaml(arguments.config, [*RUN, *TRAIN]) if arguments.config else {}
+    from_file = {"eps": "auto", "lr": "auto", **read}
+    preset = resolve(vars(arguments), PRESET, from_file=read)["preset"]
+    settings = resolve(vars(arguments), TRAIN, preset=preset, from_file=from_file)
+    stay_offline(settings["data"], settings["dev_data"])
+
+    from ..auto import calibrate, check_measurable
+    from ..calibration_report import describe, draw
+    from ..files import disk_errors
+    from ..prepare import load_data, new_classifier, settle, settle_machine
+    from ..runs import write_json
+
+    check_measurable(settings)
     quiet()
     splits, settings = load_data(settle(settings, say), say)
-    settings = settle_machine(settings, arguments.preset, say)
-    classifier = new_classifier(settings, arguments.preset, say)
+    settings = settle_machine(settings, preset, say)
+    classifier = new_classifier(settings, preset, say)
     found = calibrate(
         classifier,
         splits["train"],
         settings,
-        arguments.preset,
+        preset,
         batches=arguments.batches,
         directions=arguments.probed,
     )
