@@ -1,10 +1,38 @@
 """Which evaluation of a run was best, and what follows from it: early stopping, and going back to it at the end."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import TrainerCallback
 
 from .errors import UserError
+from .measures import Aim
+
+
+def best_metric(settings: Mapping[str, Any], aim: Aim, *, dev: bool, processes: int) -> str | None:
+    """Return the key of the dev metric by which a run keeps its best evaluation; None: it keeps the last step.
+
+    Args:
+        settings: ``keep_best``, ``early_stopping`` and ``metric``.
+        aim: of the run.
+        dev: it has dev examples. ``processes``: that train it.
+
+    Raises:
+        UserError: no such metric, nothing to measure it on, or several processes.
+    """
+    if not (settings["keep_best"] or settings["early_stopping"]):
+        return None
+    if processes > 1:
+        raise UserError("--keep-best and --early-stopping are for one process")
+    if not dev:
+        raise UserError("--keep-best and --early-stopping need dev examples: give --dev-data")
+    named = [*settings["metric"], *(["score"] if aim.function else [])]
+    known = sorted({"accuracy", "loss", *(name.replace("-", "_") for name in named)})
+    metric = (settings["keep_best"] or "loss").replace("-", "_")
+    if metric not in known:
+        raise UserError(f"--keep-best {settings['keep_best']}: expected a metric of dev, {', '.join(known)}")
+    return metric
 
 
 class Best(TrainerCallback):
@@ -28,10 +56,6 @@ class Best(TrainerCallback):
         self.step: int | None = None
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if f"eval_{self.metric}" not in metrics:
-            known = sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
-            known = [name for name in known if not name.endswith(("runtime", "per_second", "time"))]
-            raise UserError(f"--keep-best {self.metric}: expected a metric of dev, {', '.join(known)}")
         found = self._found(state)
         if self.patience is not None and len(found) - 1 - self._best(found) >= self.patience:
             control.should_training_stop = True

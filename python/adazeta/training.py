@@ -144,12 +144,8 @@ def fit(
     limits = Limits(settings["rows"], settings["max_minutes"], evaluate=bool(splits["dev"]) and first, ranks=ranks)
     metrics, best = MetricsFile(folder / METRICS), None
     callbacks: list = [Card(), metrics, Bar(), limits] if first else [limits]
-    if settings["keep_best"] or settings["early_stopping"]:
-        if ranks is not None:
-            raise UserError("--keep-best and --early-stopping are for one process")
-        if not splits["dev"]:
-            raise UserError("--keep-best and --early-stopping need dev examples: give --dev-data")
-        best = Best(settings["keep_best"] or "loss", settings["early_stopping"], waits=lambda: limits.interrupted)
+    if settings["keep_best"]:
+        best = Best(settings["keep_best"], settings["early_stopping"], waits=lambda: limits.interrupted)
         callbacks.append(best)
 
     def prepare() -> tuple[ZOTrainer, Path | None]:
@@ -260,6 +256,7 @@ def train(
         UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
+    from adazeta.best import best_metric
     from adazeta.distributed import together
 
     splits, settings = together(ranks, lambda: load_data(settle(settings, say), say), "data")
@@ -273,6 +270,8 @@ def train(
     aim = together(ranks, lambda: aim_of(settings), "objective")
     if aim.is_metric:
         settings = {**settings, "metric": list(dict.fromkeys([*settings["metric"], aim.name]))}
+    where = {"dev": bool(splits["dev"]), "processes": ranks.size if ranks is not None else 1}
+    settings = {**settings, "keep_best": together(ranks, lambda: best_metric(settings, aim, **where), "settings")}
     with ExitStack() as stack:
 
         def enter():

@@ -7,7 +7,10 @@ import torch
 from test_metrics import by_definition
 from tiny_run import BAD, GOOD, fails, main, write_model
 
+from adazeta.best import best_metric
+from adazeta.errors import UserError
 from adazeta.journal import read
+from adazeta.measures import Aim
 from adazeta.metrics import exact_match, token_f1
 from adazeta.runs import Classifier
 
@@ -123,6 +126,8 @@ def test_a_stored_run_runs_no_file(folder, capsys):
         ("labels", ("--objective", "exact-match"), "compares answers, and task label-words has classes"),
         ("labels", ("--objective", "accuracy", "--eps", "auto"), "give --eps and --lr as numbers"),
         ("labels", ("--metric", "exact-match"), "compares answers, and task label-words has classes"),
+        ("labels", ("--keep-best", "exact-match"), "expected a metric of dev, accuracy, loss"),
+        ("labels", ("--metric", "f1", "--keep-best", "f2"), "expected a metric of dev, accuracy, f1, loss"),
         ("labels", ("--metric", "bleu"), "expected accuracy, f1 or exact-match, got 'bleu'"),
         ("labels", ("--objective", "reward"), "FILE.py:function, got 'reward'"),
         ("labels", ("--objective", "nowhere.py:score"), "cannot read nowhere.py: No such file"),
@@ -137,6 +142,17 @@ def test_what_does_not_fit_is_one_line(folder, capsys, kind, more, message):
     line = fails(capsys, "train", *files(folder, kind, "none"), *SMALL, "--steps", 1, *more)
     assert message in line, line
     assert not (folder / "none").exists()
+
+
+def test_the_metric_that_decides_which_evaluation_is_best():
+    settings = {"keep_best": "exact-match", "early_stopping": None, "metric": ["f1", "exact-match"]}
+    assert best_metric(settings, Aim("loss"), dev=True, processes=1) == "exact_match"  # its key in metrics.jsonl
+    only_stops = {**settings, "keep_best": None, "early_stopping": 2}
+    assert best_metric(only_stops, Aim("loss"), dev=True, processes=1) == "loss"
+    assert best_metric({**only_stops, "early_stopping": None}, Aim("loss"), dev=False, processes=2) is None
+    for wrong, message in (({"dev": False}, "need dev examples"), ({"processes": 2}, "for one process")):
+        with pytest.raises(UserError, match=message):
+            best_metric(settings, Aim("loss"), **{"dev": True, "processes": 1, **wrong})
 
 
 @pytest.mark.parametrize("objective, steps", [("f1", 3), ("{folder}/score.py:same", 2)])
