@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .report import MIB, table
+from .report import MIB, PARTS, table
 from .runs import METRICS, SUMMARY, is_run, read_card, read_json, read_metrics
 
 #: Keys of ``metrics.jsonl`` under one name; the first that a line has counts.
@@ -190,5 +190,5 @@ def _written(value: Any) -> str:
 def _change(metric: str, pair: Sequence[float | None] | None) -> str:
     if pair is None:
         return NOTHING
-    write = "{:.3f}" if metric == "loss" else "{:.1%}"
+    write = "{:.1%}" if metric in PARTS else "{:.3f}"
     return " -> ".join(NOTHING if value is None else write.format(value) for value in pair)

@@ -21,7 +21,7 @@ def two_runs(world, tmp_path):
     card["settings"]["lr"] = 0.5
     (second / "adazeta.json").write_text(json.dumps(card))
     with (second / "metrics.jsonl").open("a") as stream:
-        line = {"kind": "dev", "step": 99, "rows": 12345, "seconds": 2.5, "loss": 0.25, "accuracy": 0.875}
+        line = {"kind": "dev", "step": 99, "rows": 12345, "seconds": 2.5, "loss": 0.25, "accuracy": 0.875, "score": 1.5}
         stream.write(json.dumps(line) + "\n")
     return tmp_path / "first", tmp_path / "second"
 
@@ -49,6 +49,7 @@ def test_the_table_and_the_commands(two_runs, capsys, tmp_path):
     cells = {row.split("  ")[0]: row.split("  ", 1)[1].split("  ") for row in rows}
     assert [cell.strip() for cell in cells["lr"] if cell] == ["0.01", "0.5"]
     assert "-> 87.5%" in next(row for row in rows if row.startswith("accuracy, dev"))
+    assert "-> 1.500" in next(row for row in rows if row.startswith("score, dev"))  # of a function: no part of one
     assert "12,345" in next(row for row in rows if row.startswith("forward rows"))
     code, out, _ = main(capsys, "compare", *two_runs, "--json")
     assert json.loads(out) == comparison(read_records(two_runs))
