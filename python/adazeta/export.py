@@ -21,6 +21,7 @@ from adazeta_kernels import tt_factors
 
 from .errors import UserError
 from .files import replacing_folder
+from .quantized import is_quantized
 from .runs import Classifier, is_run, read_json, write_json
 
 FORMS = ("low-rank", "lora", "merged")
@@ -86,14 +87,16 @@ def linear_update(factors: Factors, base: nn.Module) -> LinearUpdate:
 
     Raises:
         UserError: the activation is not the identity, the adapter acts on the last token only, or ``base`` is no plain
-            linear layer.
+            linear layer, such as a quantised one.
     """
     name = factors.module
     _check_linear(factors.act, factors.positions, f"the adapter at {name}")
-    if type(base) not in (nn.Linear, Conv1D):
+    plain = type(base) in (nn.Linear, Conv1D)
+    if not plain or is_quantized(base.weight):  # torchao leaves the layer's class as it is
+        kind = type(base.weight if plain else base).__name__
         raise UserError(
-            f"the adapter at {name} stands at a {type(base).__name__}, not at a linear layer of plain numbers, whose "
-            "weight could take it: name linear layers with --sites in training, or use --to low-rank"
+            f"the adapter at {name} stands at a {kind}, not at a linear layer of plain numbers, whose weight could "
+            "take it: name linear layers with --sites in training, leave --quantize out, or use --to low-rank"
         )
     weight = (base.weight.T if isinstance(base, Conv1D) else base.weight).double().cpu()  # [out, in]
     L1, R1, L2, R2 = (getattr(factors, part).double() for part in ("L1", "R1", "L2", "R2"))
@@ -246,7 +249,7 @@ def _check_mergeable(model, updates: dict[str, LinearUpdate], layers: dict[str, 
         if update.bias is not None and layers[name].bias is None:
             raise UserError(
                 f"the adapter at {name} adds a bias, and this layer has none in the model's architecture: train "
-                "with --bias false, or use --to lora"
+                "with --no-bias, or use --to lora"
             )
         if owners[id(layers[name].weight)] > 1:
             raise UserError(f"the weight of {name} is used elsewhere in the model too (tied): use --to lora")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from adazeta.errors import UserError
-from adazeta.export import export, read_low_rank
+from adazeta.export import export, factors_of, linear_update, read_low_rank
 from adazeta.runs import Classifier
 from adazeta.tasks import HeadTask, LabelWordTask, to_dict
 from adazeta_kernels import tt_linear
@@ -163,7 +163,7 @@ def test_a_head_that_was_trained_along_is_exported(tmp_path):
     [
         ("llama", {"act": "gelu"}, "lora", "has the activation gelu"),
         ("llama", {"positions": "last"}, "merged", "last token of a prompt alone"),
-        ("llama", {}, "merged", "o_proj adds a bias, and this layer has none"),
+        ("llama", {}, "merged", "o_proj adds a bias, and this layer has none .*--no-bias"),
         ("mixtral", {"bias": False}, "lora", "mlp stands at a MixtralSparseMoeBlock"),
         ("gpt2", {"sites": ["pre:lm_head"], "bias": False}, "merged", "weight of lm_head is used elsewhere"),
     ],
@@ -173,6 +173,20 @@ def test_what_has_no_such_form_is_refused_with_the_reason(tmp_path, model_type, 
     with pytest.raises(UserError, match=reason):
         export(run, tmp_path / "out", to, say=print)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_quantised_layer_is_no_linear_layer_of_plain_numbers():
+    """torchao leaves a layer's class as it is: the weight tells. test_quantized.py has a real one."""
+
+    class Packed(torch.Tensor):
+        __module__ = "torchao.quantization"
+
+    factors = factors_of(adapted("llama", act="identity", positions="all", task_type=None))[0]
+    layer = torch.nn.Linear(len(factors.L1), len(factors.L1))
+    assert linear_update(factors, layer).A.shape == (2, len(factors.L1))
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    with pytest.raises(UserError, match="stands at a Packed, not at a linear layer of plain numbers.*--quantize"):
+        linear_update(factors, layer)
 
 
 def test_the_command(world, capsys, tmp_path):

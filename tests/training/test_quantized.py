@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from adazeta import TTConfig, UserError, ZerothOrder
 from adazeta.base_models import load_base
 from adazeta.digests import base_sha256
+from adazeta.export import factors_of, linear_update
 from adazeta.frozen import mix, pack
 from adazeta.journal import NAME
 from adazeta.losses import lm_loss
@@ -93,6 +94,16 @@ def test_an_adapter_trains_on_it(base, tmp_path, method, dtype):
     opt.journal.close()
     assert torch.equal(replay(tmp_path).trainable.tensors[0], model.base_model.theta().cpu())
     assert base_sha256(model) == before
+
+
+@pytest.mark.parametrize("method", ["int8", "bnb4"])
+def test_it_takes_no_lora(base, method):
+    config = TTConfig(rank=2, bottleneck=8, act="identity", positions="all")
+    model = peft.get_peft_model(load(base, method), config)
+    layers = dict(model.base_model.tt_layers("default"))
+    for factors in factors_of(model):
+        with pytest.raises(UserError, match="not at a linear layer of plain numbers"):
+            linear_update(factors, layers[factors.module].base_layer)
 
 
 def linears(model):
