@@ -123,12 +123,20 @@ class Aim:
         """Whether it is one that has to be named to be measured."""
         return self.name in ("f1", "exact-match")
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def generates(self, task: Task) -> bool:
+        """Whether a step generates answers."""
+        return task.kind == CompletionTask.kind and (self.function is not None or self.is_metric)
+
+    def identity(self, task: Task) -> dict[str, Any]:
         """Return what the journal of a run keeps of it; nothing for the loss."""
+        if self.name == "loss":
+            return {}
+        kept = {"name": self.name}
         if self.function:
-            return {"objective": {"name": self.name, "sha256": self.function.sha256}}
-        return {} if self.name == "loss" else {"objective": {"name": self.name}}
+            kept["sha256"] = self.function.sha256
+        if self.generates(task):
+            kept["max_new_tokens"] = self.max_new_tokens
+        return {"objective": kept}
 
     def loss(self, task: Task, loss, tokenizer):
         """Return the loss per row that stands for it, from the task's own ``loss``."""
@@ -136,11 +144,11 @@ class Aim:
 
         if self.name == "loss":
             return loss
-        if task.kind != CompletionTask.kind:
-            return ClassObjective(loss, self.function or self.name, task.labels, tokenizer)
-        if self.name == "accuracy":
+        if self.generates(task):
+            return GenerationObjective(tokenizer, self.function or self.name, self.max_new_tokens, stands_for=loss)
+        if task.kind == CompletionTask.kind:
             return CompletionAccuracy(loss)
-        return GenerationObjective(tokenizer, self.function or self.name, self.max_new_tokens, stands_for=loss)
+        return ClassObjective(loss, self.function or self.name, task.labels, tokenizer)
 
 
 def aim_of(settings: Mapping[str, Any]) -> Aim:

@@ -183,7 +183,8 @@ def fit(
                     else json_sha256([[e.text, e.label, *e.choices] for e in splits["train"]]),
                     # The digest sorts keys, and the order of the classes is part of the task.
                     "task_sha256": json_sha256([to_dict(classifier.task), classifier.task.labels]),
-                    **aim.identity,
+                    **aim.identity(classifier.task),
+                    **({} if settings["group_by_length"] else {"order": "random"}),
                 },
                 about={name: classifier.card[name] for name in ("task", "base_model", "dtype", "quantize", "preset")},
                 fsync_every=settings["fsync_every"],

@@ -91,7 +91,7 @@ def test_a_function_of_ones_own_gets_better(folder, capsys):
     print(before, after)
     assert summary["objective"] == "score.py:letters" and after["score"] > before["score"] + 0.15
     own = read(folder / "own" / "journal.azj").header["config"]["objective"]
-    assert own["name"] == "score.py:letters" and len(own["sha256"]) == 64
+    assert own["name"] == "score.py:letters" and len(own["sha256"]) == 64 and own["max_new_tokens"] == 4
     dev = folder / "answers-dev.jsonl"
     rows = [json.loads(line) for line in dev.read_text().splitlines()]
     classifier = Classifier.open(str(folder / "own"))
@@ -107,6 +107,13 @@ def test_a_function_of_ones_own_gets_better(folder, capsys):
         code, out, err = main(capsys, "predict", folder / "own", *texts[:2], "--json", "--threads", 1, *more)
         assert code == 0, err  # needs no function
         assert [json.loads(line)["answer"] for line in out.splitlines()] == expected
+
+    (folder / "own").rename(folder / "own.partial")  # as if it had been killed before its last rename
+    resume = ("train", "--output", folder / "own", "--resume", "--objective", score)
+    assert "another config.objective" in fails(capsys, *resume, "--max-new-tokens", 8)
+    assert "another config.order (None, now 'random')" in fails(capsys, *resume, "--no-group-by-length")
+    code, out, err = main(capsys, *resume)
+    assert code == 0, err
 
 
 def test_a_stored_run_runs_no_file(folder, capsys):
