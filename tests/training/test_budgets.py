@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from adazeta import LabelWords, TTConfig, ZerothOrder, frozen, memory
 from adazeta.heads import MeanPooled
 from adazeta.losses import HeadScores, lm_loss
-from adazeta.planner import Planner
+from adazeta.planner import TOKENS_PER_FORWARD, Planner
 from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
 
@@ -58,7 +58,8 @@ def test_a_budget_of_a_pooled_encoder_and_of_a_model_that_is_no_transformer(capl
     assert tokens_of({"inputs_embeds": torch.randn(4, 9, 32)}) == (9, "cpu")
     planner = Planner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), memory_budget=1000)
     with caplog.at_level(logging.WARNING, logger="adazeta"):
-        assert [planner.probes(4, tokens) for tokens in (1, 1, 40)] == [64, 64, 1]
+        knee = TOKENS_PER_FORWARD["cpu float32"]
+        assert [planner.probes(4, tokens) for tokens in (1, 1, 40)] == [knee // 4, knee // 4, knee // 160]
     assert caplog.text.count("is not known beforehand") == 1
 
 
