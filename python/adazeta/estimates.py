@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .block_ends import KEPT_BYTES
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, evaluate_probes
 
@@ -43,8 +44,11 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
             stack.enter_context(optimizer.tokens.counting(model))
         shares = prefix is not None and not look.rows_mix and not getattr(loss_fn, "generates", False)
         shared = shares and stack.enter_context(prefix.shared())
+        graphs = optimizer.graphs.used(others=others is not None, shared=shared, at_tokens=at_tokens)
+        if not stack.enter_context(graphs):  # a graph repeats the rows and tokens of its recording
+            keep = 0 if planner.asked_for else KEPT_BYTES  # a budget is the forward's
+            stack.enter_context(optimizer.ends.used(alike=others is None, keep=keep))
         stack.enter_context(others or nullcontext())
-        stack.enter_context(optimizer.graphs.used(others=others is not None, shared=shared, at_tokens=at_tokens))
         if at_tokens:
             losses, rows = evaluate_probe_tokens(plan, batch, model, loss_fn, **settings)
         else:

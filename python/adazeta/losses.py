@@ -168,9 +168,9 @@ class LabelWords(_Words):
         if self.rows_per_example > 1:
             refuse_last(model, f"label words of several tokens ({self.words})")
             return self._scores_of_long_words(model, batch)
-        last = last_real_token(batch["attention_mask"])
+        last = along(last_real_token, batch["attention_mask"])
         with focused(tt_model_of(model), last):
-            rows = torch.arange(len(ids), device=ids.device)
+            rows = onto(torch.arange(len(ids)), ids.device)
             return scored_logits(model, batch, rows, last, self._first_tokens(ids.device))
 
     def losses_at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
@@ -250,8 +250,7 @@ class MaskedLabelWords(_Words):
         masks = host(ids) == self.mask_token
         if not bool((masks.sum(1) == 1).all()):
             raise ValueError(f"every prompt needs one mask token, got {masks.sum(1).tolist()} of them")
-        rows = torch.arange(len(ids), device=ids.device)
-        columns = onto(masks.long().argmax(1), ids.device)
+        rows, columns = (onto(index, ids.device) for index in (torch.arange(len(ids)), masks.long().argmax(1)))
         return scored_logits(model, batch, rows, columns, self._first_tokens(ids.device))
 
 

@@ -12,6 +12,7 @@ from adazeta_kernels import derive_seeds
 
 from .assets import cache_dir
 from .batches import to_device
+from .block_ends import BlockEnds
 from .config import check_probes, check_update
 from .digests import crc_of, sha256_of
 from .errors import Diverged
@@ -125,7 +126,8 @@ class ZerothOrder(torch.optim.Optimizer):
         )
         cache = cache_of(prefix_cache, cache_dir() / "prefix")
         self.prefix = Prefix(self.tt_model, self.adapter, cache) if self.tt_model and share_prefix else None
-        self.graphs, self.tokens = Graphs(model, self.tt_model, self.adapter), TokenCount()
+        self.graphs, self.ends = (kind(model, self.tt_model, self.adapter) for kind in (Graphs, BlockEnds))
+        self.tokens = TokenCount()
         layers = self.tt_model.tt_layers(self.adapter) if self.tt_model else []
         adapter_ids = {id(layer.tt_theta[self.adapter]) for _, layer in layers}
         self.sites = [(name, layer.layout[self.adapter]) for name, layer in layers]

@@ -55,6 +55,7 @@ class Planner:
 
     Attributes:
         scored: positions of a row that the output layer scores with its whole vocabulary: of the batch at hand.
+        asked_for: the memory budget was given, not found.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Planner:
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
         self.scored = 0
         self._knee = tokens_per_forward(model)
-        self._asked_for = memory_budget is not None
+        self.asked_for = memory_budget is not None
         # Rows that fit, by rows wanted, tokens of a row and how many of them are scored.
         self._fitting: dict[tuple[int, int, int], int] = {}
         self._unknown = False  # the model does not run without numbers
@@ -98,7 +99,7 @@ class Planner:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
         wide = -(-tokens // LOOKED_UP) * LOOKED_UP
         fitting = self._rows_that_fit(wanted * rows, wide, device)
-        if fitting < rows and not self._asked_for:  # nobody set this limit: memory may do all the same
+        if fitting < rows and not self.asked_for:  # nobody set this limit: memory may do all the same
             return 1
         if fitting < rows:
             raise SettingError(

@@ -6,8 +6,9 @@ its blocks and its logits (the transform of a masked language model, scaling, so
 hook on the last block's output keeps the scored positions, and the output layer multiplies with the asked words' rows.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .tuner import TTModel
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 #: Rows of an output layer that are multiplied in float32 at a time, where it is stored in another dtype.
 ROWS_AT_ONCE = 8192
+#: Told rows, columns and the shape of the tokens that are scored, while the model runs (``adazeta.block_ends``).
+scored_only: ContextVar[Callable[..., AbstractContextManager] | None] = ContextVar("adazeta_scored_only", default=None)
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -126,7 +129,10 @@ def scored_logits(
     few = _is_plain(head, inner)
     mask = None if "attention_mask" in inputs else batch.get("attention_mask")
     told = nullcontext() if mask is None else real_tokens(mask)
-    with told, _gathered(trunk_of(model), rows, columns) as gathered, _float32_head(head, words if few else None, few):
+    tokens, only = inputs.get("decoder_input_ids", inputs["input_ids"]), scored_only.get()
+    spared = nullcontext() if only is None else only(rows, columns, tuple(tokens.shape))
+    gathering, in_float32 = _gathered(trunk_of(model), rows, columns), _float32_head(head, words if few else None, few)
+    with told, spared, gathering as gathered, in_float32:
         logits = inner(**inputs).logits
     logits = (logits[0] if gathered else logits[rows, columns]).float()
     return logits if few or words is None else logits[:, words]
