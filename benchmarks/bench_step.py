@@ -26,6 +26,7 @@ from step_memory import measure
 from step_models import MODELS, build, make_batch
 from timing import SMALL, machine, paired_seconds
 
+from adazeta.memory import freed_memory_kept
 from adazeta.planner import TOKENS_PER_FORWARD
 
 DEVICE = os.environ.get("ADAZETA_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +81,7 @@ def measured(benchmark, model: str, dtype: str, examples: int, tokens: int, quer
     base = build(model, stored(dtype), DEVICE, little=SMALL)
     batch = make_batch(base, examples, tokens)
     forwards, parameters = 2 * queries, sum(p.numel() for p in base.parameters())
-    with tempfile.TemporaryDirectory() as folder:
+    with freed_memory_kept(), tempfile.TemporaryDirectory() as folder:  # as in training; for both sides
         ours, theirs = pair(base, queries, folder, LITTLE_ADAPTER if SMALL else ADAPTER, dtype)
         # Also the call of each side that is not counted. Where forwards are long, one query tells as much.
         compared, begin = min(queries, max(1, 1024 // (examples * tokens))), perf_counter()

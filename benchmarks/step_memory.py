@@ -36,7 +36,7 @@ def main(case: dict) -> dict[str, object]:
     from step_engines import ADAPTER, LITTLE_ADAPTER, Ours, published, stored
     from step_models import build, make_batch
 
-    from adazeta.memory import Peak, resident_bytes
+    from adazeta.memory import Peak, freed_memory_kept, resident_bytes
 
     torch.set_num_threads(case["threads"])
     on_gpu = case["device"] == "cuda"
@@ -56,7 +56,7 @@ def main(case: dict) -> dict[str, object]:
             step(batch)
             return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "exact": True}
         before = resident_bytes() or 0
-        with Peak() as peak:
+        with freed_memory_kept(), Peak() as peak:
             step(batch)
         return {"peak_bytes": peak.bytes - before, "exact": peak.exact}
 

@@ -7,8 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adazeta.batches import to_device
 from adazeta.calibration import LEVELS, Calibration, Run, measure
-from adazeta.data import on_device, row_tokens
+from adazeta.data import row_tokens
 from adazeta.errors import UserError
 from adazeta.options import section
 from adazeta.prepare import TRIED, steps_of, to_measure, with_numbers, zo_config
@@ -100,7 +101,7 @@ def calibrate(
     device = next(classifier.model.parameters()).device
     collate = classifier.collator()
     parts = [[rows[index] for index in chosen[first : first + size]] for first in range(0, len(chosen), size)]
-    tensors = [on_device(collate(part), device) for part in parts]
+    tensors = [to_device(collate(part), device) for part in parts]
     middle = len(tensors) // 2  # noise and curvature are looked at in the first: of middling length
     tensors.insert(0, tensors.pop(middle))
     zo = {**vars(zo_config(with_numbers(settings, preset), preset)), "prefix_cache": "off"}

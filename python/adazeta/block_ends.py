@@ -79,10 +79,11 @@ class BlockEnds:
             stack.callback(self._kept.clear)
             yield
 
-    def describe(self) -> str:
-        """Say what is left out, nothing where nothing is."""
-        parts = [f"{len(self.below)} before the first adapter once per example"] if self.below else []
-        parts += [f"{len(self.above)} of the last block at scored tokens only"] if self.above else []
+    def describe(self, *, alike: bool = True) -> str:
+        """Say what is left out, nothing where nothing is; ``alike`` as for :meth:`used`."""
+        self._look()
+        parts = [f"{len(self.below)} before the first adapter run once per example"] * bool(self.below and alike)
+        parts += [f"{len(self.above)} of the last block at scored tokens only"] * bool(self.above)
         return "linear layers: " + ", ".join(parts) if parts else ""
 
     def _once_per_row(self, forward: Callable, *args, **kwargs):
@@ -157,9 +158,12 @@ class _Look:
                 handle.remove()
 
     def before(self, layers: list, adapter: str) -> list[nn.Module]:
-        """Return the linear layers that run before the first of ``layers`` adapts."""
+        """Return the linear layers of the trunk that run before the first of ``layers`` adapts."""
         found: list[nn.Module] = []
+        trunk = set(self.trunk.modules())
         for module in self.order:
+            if module not in trunk:  # an encoder's: what the decoder then reads is not integers per row
+                return []
             if module in layers:
                 base = module.base_layer
                 return found + [base] * (module.placement[adapter] == "post" and self._once(base))

@@ -246,11 +246,6 @@ class RightPad:
         return batch
 
 
-def on_device(batch: dict, device) -> dict:
-    """Return the batch with its tensors on ``device``."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
-
-
 def _ones(value):
     return [_ones(v) for v in value] if isinstance(value, list) else 1
 

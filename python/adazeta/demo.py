@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adazeta.data import on_device
+from adazeta.batches import to_device
 from adazeta.memory import MIB, Peak
 from adazeta.report import before_after, facts, table, training_facts
 from adazeta.runs import Classifier
@@ -35,7 +35,7 @@ def measure_memory(
     prompts = classifier.encode(examples).by_length()
     device = next(classifier.model.parameters()).device
     rows = [prompts[index] for index in range(min(len(prompts), settings["batch_size"]))]
-    batch = on_device(classifier.collator()(rows), device)
+    batch = to_device(classifier.collator()(rows), device)
     loss = classifier.loss()
     recorder = _Recorder(loss)
     optimizer = ZerothOrder(classifier.model, **vars(zo_config(settings, preset)))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .data import on_device, row_tokens
+from .batches import to_device
+from .data import row_tokens
 from .errors import UserError
 from .measures import Measures
 
@@ -63,7 +64,7 @@ def evaluate(
     found, generates = [], measures is not None and measures.generates
     for first in range(0, len(order), batch_size):
         rows = [dataset[i] for i in order[first : first + batch_size]]
-        batch = on_device(collate(rows), device)
+        batch = to_device(collate(rows), device)
         found.append([tensor.cpu() for tensor in judge(loss, model, batch)])
         if progress is not None and not generates:
             progress(len(rows))

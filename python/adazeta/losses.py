@@ -133,7 +133,7 @@ class _Words(_Scored):
             raise ValueError(f"{type(self).__name__} scores {self.role}, got a {kind} {type(model).__name__}")
 
     def _first_tokens(self, device) -> torch.Tensor:
-        return torch.tensor([ids[0] for ids in self.tokens], device=device)
+        return onto(torch.tensor([ids[0] for ids in self.tokens]), device)
 
     def _padded(self, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the words' tokens and which of them are real, ``[C, longest]`` each."""

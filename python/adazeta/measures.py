@@ -68,12 +68,12 @@ class Measures:
         """
         if not self.generates:
             return self._of_classes(rows, predictions)
-        from adazeta.data import on_device
+        from adazeta.batches import to_device
 
         found, device = [], next(model.parameters()).device
         for first in range(0, len(rows), batch_size):
             part = [rows[index] for index in range(first, min(first + batch_size, len(rows)))]
-            found += self._of_answers(model, on_device(collate(part), device))
+            found += self._of_answers(model, to_device(collate(part), device))
             if progress is not None:
                 progress(len(part))
         return {name: sum(values) / len(rows) for name, values in zip(self.scores, zip(*found))}

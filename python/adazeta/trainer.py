@@ -20,6 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from .arguments import check_arguments, check_trainer_arguments
+from .batches import onto
 from .config import ZOConfig
 from .distributed import Ranks, open_journal
 from .errors import UserError
@@ -98,6 +99,8 @@ class ZOTrainer(Trainer):
         super().__init__(model, args, *rest, **kwargs)
         # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        # Batches come from their loader on the CPU: their integers then keep a twin there (adazeta.batches).
+        self.accelerator.device_placement = False
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
         processes = max(self.args.world_size, int(os.environ.get("WORLD_SIZE", "1")))
@@ -181,6 +184,9 @@ class ZOTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
         )
         return self.accelerator.prepare(loader)
+
+    def _prepare_input(self, data):
+        return onto(data, self.args.device) if torch.is_tensor(data) else super()._prepare_input(data)
 
     def _get_eval_sampler(self, eval_dataset):
         if eval_dataset is not None and hasattr(eval_dataset, "__len__"):

@@ -13,7 +13,7 @@ from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.files import disk_errors
 from adazeta.measures import Aim, Measures, aim_of, measures_of
-from adazeta.memory import Peak, resident_bytes
+from adazeta.memory import Peak, freed_memory_kept, resident_bytes
 from adazeta.options import section
 from adazeta.prepare import (
     FROZEN,
@@ -198,13 +198,15 @@ def fit(
     trainer, checkpoint = together(ranks, prepare, "start")
     zo = trainer.zo
     trainer.remove_callback(PrinterCallback)
-    prefix, graphs = trainer.zeroth_order.prefix, trainer.zeroth_order.graphs
+    prefix, graphs, ends = (getattr(trainer.zeroth_order, name) for name in ("prefix", "graphs", "ends"))
     shared = prefix.describe() if prefix and not getattr(trainer.loss, "generates", False) else ""
     if shared:
         say(shared)
-    others = bool(trainer.zeroth_order.others)
-    say(graphs.describe(others=others, shared=bool(shared)))
-    with disk_errors(folder), Peak() as peak:
+    kind = {"others": bool(trainer.zeroth_order.others), "shared": bool(shared)}
+    say(graphs.describe(**kind))
+    if graphs.why_not(**kind) and (spared := ends.describe(alike=not kind["others"])):
+        say(spared)
+    with disk_errors(folder), freed_memory_kept(), Peak() as peak:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if limits.interrupted:
         raise Interrupted

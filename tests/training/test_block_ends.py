@@ -16,7 +16,6 @@ from adazeta import TTConfig, ZerothOrder
 from adazeta.block_ends import BlockEnds, _by_row
 from adazeta.forwards import forward_of
 from adazeta.losses import lm_loss
-from adazeta.tuner.layer import TTLayer
 
 #: Layers of the last block that multiply scored tokens only. Fused layers that also make keys and values do not, nor
 #: does what stands before a router: other tokens would ask for other experts.
@@ -90,8 +89,8 @@ def test_losses_are_those_of_all_tokens_of_all_rows(model_type, left):
         spared, opt = steps(model, batch, **settings)
         torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     assert in_block(model, opt.ends.above) == ABOVE[model_type]
-    assert all(isinstance(layer, (nn.Linear, TTLayer)) or model_type == "gpt2" for layer in opt.ends.below)
-    assert len(opt.ends.below) >= 2  # attention's, in the first block
+    attention = {name for name in in_block(model, opt.ends.below) if "att" in name}
+    assert len(attention) >= (0 if model_type == "t5" else 2), attention
 
 
 @pytest.mark.parametrize("per_forward", [None, 2], ids=["one forward", "three"])

@@ -1,6 +1,8 @@
 """What the host does in a step besides the model's forwards grows neither with layers nor from step to step."""
 
+import ctypes
 import gc
+import resource
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adazeta import ZerothOrder
 from adazeta.footprint import LiveBytes
 from adazeta.losses import lm_loss
+from adazeta.memory import freed_memory_kept, resident_bytes
 from adazeta.scoring import trunk_of
 
 
@@ -73,3 +76,20 @@ def test_steps_leave_nothing_behind(tmp_path):
         alive.append(tensors())
     assert len(set(alive)) == 1 and len(set(peaks)) == 1
     assert peaks[0][1] < 4096 < peaks[0][0]  # a few numbers per query, which the next step replaces
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's")
+def test_freed_memory_is_kept_and_given_back():
+    def faults(count=5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            tensors = [torch.ones(1 << 20) for _ in range(8)]  # 32 MiB in all: 8,192 pages
+            del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    before = resident_bytes()
+    with freed_memory_kept():
+        faults()
+        assert faults() < 100
+    assert resident_bytes() - before < 4 << 20
+    assert faults() > 8192

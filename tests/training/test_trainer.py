@@ -277,3 +277,11 @@ def test_padding_is_counted(tmp_path):
     longest = [max(lengths[i] for i in batches[first : first + 4]) for first in range(0, 20, 4)]
     assert log["tokens"] == 4 * 4 * sum(longest)
     assert log["tokens"] / log["real_tokens"] < 1.1 < 20 * 7 / sum(lengths)
+
+
+def test_batches_stay_on_the_cpu_until_a_step_moves_them(tmp_path):
+    """Then the integers of a batch on a GPU keep a twin on the CPU."""
+    made = trainer(tmp_path)
+    assert made.get_train_dataloader().device is None
+    moved = made._prepare_inputs({"input_ids": torch.ones(1, 2, dtype=torch.int64), "texts": ["a"]})
+    assert moved["input_ids"].device == made.args.device and moved["texts"] == ["a"]

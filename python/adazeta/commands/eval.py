@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
+from ..memory import freed_memory_kept
 from ..objective_options import MEASURED
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, SPLITTING, TASK
@@ -41,7 +42,7 @@ def _eval(arguments) -> int:
     classifier = opened(arguments)
     examples, what = _examples(classifier.task, data, arguments.split)
     examples = examples[: values["limit"]]
-    with progress_bar(len(examples), "eval", "rows") as bar:
+    with freed_memory_kept(), progress_bar(len(examples), "eval", "rows") as bar:
         measures = measures_of(data, classifier.task, classifier.tokenizer)
         size, update = values["batch_size"], bar.update
         result = classifier.evaluate(examples, batch_size=size, progress=update, say=say, measures=measures)

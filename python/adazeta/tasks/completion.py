@@ -54,12 +54,13 @@ class CompletionTask(AnswerTask):
 
         ``say`` is told of texts that are cut.
         """
-        from adazeta.data import RightPad, on_device
+        from adazeta.batches import to_device
+        from adazeta.data import RightPad
         from adazeta.generation import generate_answers
 
         prompts, answers = encode_prompts(tokenizer, self.template, texts, self.max_tokens, say=say), []
         device = next(model.parameters()).device
         for first in range(0, len(prompts), batch_size):
             batch = RightPad(0)([{"input_ids": ids} for ids in prompts[first : first + batch_size]])
-            answers += generate_answers(model, tokenizer, on_device(batch, device), max_new_tokens)
+            answers += generate_answers(model, tokenizer, to_device(batch, device), max_new_tokens)
         return answers
