@@ -109,7 +109,8 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _mallopt(_M_TRIM_THRESHOLD, 64 * MIB)
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            _mallopt(parameter, 128 << 10)  # what both are at the start of a process
         _trim()
 
 

@@ -80,16 +80,14 @@ def test_steps_leave_nothing_behind(tmp_path):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's")
 def test_freed_memory_is_kept_and_given_back():
-    def faults(count=5):
+    def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(count):
-            tensors = [torch.ones(1 << 20) for _ in range(8)]  # 32 MiB in all: 8,192 pages
-            del tensors
+        tensors = [torch.ones(1 << 20) for _ in range(8)]  # 32 MiB in all: 8,192 pages
+        del tensors
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     before = resident_bytes()
     with freed_memory_kept():
-        faults()
-        assert faults() < 100
+        assert sorted(faults() for _ in range(11))[5] < 100
     assert resident_bytes() - before < 4 << 20
-    assert faults() > 8192
+    assert sorted(faults() for _ in range(11))[5] > 8000
