@@ -37,6 +37,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
     shares = prefix is not None and bool(prefix.describe())
     looked_at = partial(getattr(loss_fn, "continuous", per_row), model)
     look(model, batch, looked_at, eps=optimizer.eps, shares=shares, **further, **settings)
+    planner.rows_apart = look.rows_apart
     at_tokens = others is None and not look.rows_mix
     at_tokens = at_tokens and can_use_probe_tokens(tt_model, optimizer.adapter, loss_fn, batch)
     with ExitStack() as stack:

@@ -84,10 +84,11 @@ class FirstLook:
 
     Attributes:
         rows_mix: every probe needs a forward of its own.
+        rows_apart: rows were seen not to mix.
     """
 
     def __init__(self):
-        self.rows_mix = self._done = False
+        self.rows_mix = self.rows_apart = self._done = False
 
     def __call__(
         self,
@@ -123,7 +124,7 @@ class FirstLook:
                 mix = rows_mix(model, batch, loss_fn, eps=eps, others=others, heads=heads, **settings)
             if mix is None:
                 return
-            self.rows_mix = mix
+            self.rows_mix, self.rows_apart = mix, not mix
         self._done = True
 
 

@@ -37,7 +37,7 @@ def plan_memory(
 
     Returns:
         ``libraries`` (a process that holds nothing yet), ``weights``, ``adapter``, ``forward`` and ``peak`` in bytes,
-        ``probes`` in a forward and ``rows`` of each.
+        ``probes`` in a forward and the ``rows`` of each in it.
 
     Numerics: the peak comes within a tenth of the resident memory that is then measured; activations count without what
     the allocator leaves unused between them.
@@ -76,16 +76,17 @@ def plan_memory(
     if memory_budget is None and device == "cpu":
         memory_budget = max(1, (available_bytes() - weights) // 2)
     planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
-    planner.scored = min(scored, tokens)
+    planner.scored, planner.rows_apart = min(scored, tokens), True
     probes = planner.probes(rows, tokens, device)
+    at_once = probes * rows if probes > 1 else planner.rows_at_once(rows, tokens, device)
     found = {
         "weights": weights,
         "adapter": _bytes_of(adapted) - weights,
-        "forward": forward_bytes(adapted, probes * rows, tokens, scored=planner.scored, tt_model=adapted.base_model),
+        "forward": forward_bytes(adapted, at_once, tokens, scored=planner.scored, tt_model=adapted.base_model),
     }
     # Asked last, when the libraries that a run uses have been loaded; nothing of the model was.
     found["libraries"] = resident_bytes() or 0
-    return {**found, "peak": sum(found.values()), "probes": probes, "rows": rows}
+    return {**found, "peak": sum(found.values()), "probes": probes, "rows": min(rows, at_once)}
 
 
 def describe_plan(name: str, **settings) -> str:

@@ -56,6 +56,7 @@ class Planner:
     Attributes:
         scored: positions of a row that the output layer scores with its whole vocabulary: of the batch at hand.
         asked_for: the memory budget was given, not found.
+        rows_apart: rows do not see each other, so that those of a probe may pass in forwards of their own.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Planner:
         self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
-        self.scored = 0
+        self.scored, self.rows_apart = 0, False
         self._knee = tokens_per_forward(model)
         self.asked_for = memory_budget is not None
         # Rows that fit, by rows wanted, tokens of a row and how many of them are scored.
@@ -93,20 +94,35 @@ class Planner:
         Raises:
             SettingError: the memory budget is too small for one probe.
         """
-        knee = self._knee if device == "cpu" else tokens_per_forward(None, device)
-        wanted = self.probes_per_forward or max(1, knee // max(1, rows * tokens))
+        wanted = self.probes_per_forward or max(1, self._knee_on(device) // max(1, rows * tokens))
         if self._most_tokens is not None:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
-        wide = -(-tokens // LOOKED_UP) * LOOKED_UP
-        fitting = self._rows_that_fit(wanted * rows, wide, device)
-        if fitting < rows and not self.asked_for:  # nobody set this limit: memory may do all the same
+        wide, least = -(-tokens // LOOKED_UP) * LOOKED_UP, self.rows_at_once(rows, tokens, device)
+        fitting = self._rows_that_fit(wanted * rows if wanted > 1 else least, wide, device)
+        if fitting < least and not self.asked_for:  # nobody set this limit: memory may do all the same
             return 1
-        if fitting < rows:
+        if fitting < least:
+            part = "" if least == rows else f", of which {least} share a forward"
             raise SettingError(
                 f"a memory budget of {self._budget(device) / MIB:,.1f} MiB is too small for one probe of {rows} rows "
-                f"of up to {wide} tokens, {self._bytes(rows, wide) / MIB:,.1f} MiB: raise it, or take a smaller batch"
+                f"of up to {wide} tokens{part}, {self._bytes(least, wide) / MIB:,.1f} MiB: raise it, or take a smaller "
+                "batch"
             )
-        return fitting // rows
+        return max(1, fitting // rows)
+
+    def rows_at_once(self, rows: int, tokens: int, device: str = "cpu") -> int:
+        """Return how many of a probe's ``rows`` sequences share a forward that has no other probe.
+
+        All of them up to twice the tokens that a forward gains from; of more, equal parts, whose activations stay in
+        the cache, and in memory once instead of several times.
+        """
+        most = 2 * self._knee_on(device)
+        if not self.rows_apart or rows * tokens <= most:
+            return rows
+        return -(-rows // min(rows, -(-rows * tokens // most)))
+
+    def _knee_on(self, device: str) -> int:
+        return self._knee if device == "cpu" else tokens_per_forward(None, device)
 
     def rows(self, tokens: int, device: str = "cpu") -> int:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.

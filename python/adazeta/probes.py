@@ -8,6 +8,7 @@ probe at a time: made as they are read (``adazeta.streamed``), or written in pla
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,9 +181,10 @@ def evaluate_probes(
     """
     planner = planner or Planner()
 
-    def forward(first: int, last: int) -> torch.Tensor:
+    def forward(first: int, last: int, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """The losses of the rows ``begin ... end - 1`` of the probes ``first ... last - 1``."""
         chunk = [plan.probe(i) for i in range(first, last)]
-        rows = torch.tensor([row for _, _, rows in chunk for row in rows])
+        rows = torch.tensor([row for _, _, rows in chunk for row in rows[begin:end]])
         seeds, scales = [seed for seed, _, _ in chunk], [scale for _, scale, _ in chunk]
         if others is not None and not heads:
             others.move_to(seeds[0], scales[0])
@@ -200,11 +202,17 @@ def evaluate_probes(
         return loss.float()
 
     losses: list[torch.Tensor] = []
-    first, tokens = 0, plan.rows_per_probe * tokens_of(batch)[0]
+    first, rows, (tokens, device) = 0, plan.rows_per_probe, tokens_of(batch)
+    alone = others is not None and not heads  # one probe at a time, and whole: they move to it
     while first < len(plan):
-        count = 1 if others is not None and not heads else probes_per_forward(plan, batch, planner)
+        count = 1 if alone else probes_per_forward(plan, batch, planner)
         last = min(first + count, len(plan))
-        losses += planner.run(forward, first, last, tokens)
+        step = rows if alone or count > 1 else planner.rows_at_once(rows, tokens, device)
+        if step < rows:
+            for begin in range(0, rows, step):
+                losses += planner.run(partial(forward, first, last), begin, min(begin + step, rows), tokens)
+        else:
+            losses += planner.run(forward, first, last, rows * tokens)
         first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
     return read(losses).view(shape)

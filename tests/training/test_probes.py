@@ -1,13 +1,17 @@
 """Batched evaluation against one probe at a time, in place, and dense matrices in float64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import dense_float64, lm_batch, tiny_adapted
 
+from adazeta import ZerothOrder
 from adazeta.in_place import InPlace
 from adazeta.losses import lm_loss
-from adazeta.planner import Planner
+from adazeta.planner import TOKENS_PER_FORWARD, Planner
 from adazeta.probes import Plan, batch_size, evaluate_probes, probes_per_forward, take_rows
+from adazeta.scoring import trunk_of
 from adazeta_kernels import perturb_
 
 SIGNS = (1.0, -1.0)
@@ -134,3 +138,70 @@ def test_a_step_goes_on_in_smaller_forwards_when_memory_runs_out(caplog):
     assert caplog.text.count("out of memory") == 1
     with pytest.raises(torch.OutOfMemoryError, match="too much"):
         evaluate_probes(plan, lm_batch(16), lambda rows: loss({"input_ids": range(13)}), planner=planner)
+
+
+def test_a_large_probe_passes_in_parts(monkeypatch):
+    """Of 4 rows of 7 tokens where a forward gains up to 7 tokens: two at a time, with the same losses."""
+    monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    found = {}
+    for apart in (True, False):
+        model, rows = tiny_adapted(noise=0.2), []
+        opt = ZerothOrder(model, lr=0.05, eps=0.05, queries=2)
+        opt.estimate(lm_loss, lm_batch())  # with its look at the model
+        opt.zero_grad()
+        opt._first_look.rows_apart = apart
+        with tokens_seen(model, rows):
+            found[apart] = opt.estimate(lm_loss, lm_batch()), rows
+    assert (found[False][1], found[True][1]) == ([(4, 7)] * 4, [(2, 7)] * 8)
+    assert found[True][0] == pytest.approx(found[False][0], abs=1e-5)
+
+
+@contextmanager
+def tokens_seen(model, shapes):
+    def note(module, args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    handle = trunk_of(model).register_forward_pre_hook(note, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+def test_rows_that_mix_are_not_parted(monkeypatch):
+    monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    model, shapes = tiny_adapted(noise=0.2), []
+
+    def mixed(model, batch):
+        loss = lm_loss(model, batch)
+        return loss + loss.mean()
+
+    opt = ZerothOrder(model, lr=0.05, eps=0.05, queries=2)
+    with pytest.warns(RuntimeWarning, match="depends on the other rows"):
+        opt.estimate(mixed, lm_batch())
+    with tokens_seen(model, shapes):
+        opt.estimate(mixed, lm_batch())
+    assert shapes == [(4, 7)] * 4
+
+
+def test_a_part_that_does_not_fit_is_halved(monkeypatch):
+    monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    model, sizes = tiny_adapted(noise=0.2), []
+
+    def limited(batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 1:
+            raise MemoryError
+        return lm_loss(model, batch)
+
+    plan, planner = Plan([3], 0.05, SIGNS, 1, 4), Planner(model)
+    planner.rows_apart = True
+    parted = evaluate_probes(plan, lm_batch(), limited, tt_model=model.base_model, planner=planner)
+    assert sizes == [2, 1, 1, 2, 1, 1] * 2
+    torch.testing.assert_close(parted, losses_of(model, plan, lm_batch()), atol=1e-5, rtol=0)
+
+
+def test_parts_are_equal():
+    planner = Planner()
+    assert planner.rows_at_once(16, 64) == 16
+    planner.rows_apart = True
+    assert [planner.rows_at_once(rows, 64) for rows in (8, 9, 16, 17, 1)] == [8, 5, 8, 6, 1]
+    assert planner.rows_at_once(3, 5000) == 1
