@@ -16,6 +16,8 @@ log = logging.getLogger("adazeta")
 #: Tokens in a forward beyond which a device gains little (docs/experiments.md has the measurement). On a CPU rows of
 #: bfloat16 layers get no cheaper above 256 tokens; those of float32 ones do, by a tenth.
 TOKENS_PER_FORWARD = {"cpu": 256, "cpu float32": 768, "default": 65536}
+#: Tokens beyond which a forward of one probe costs more than its parts (docs/performance.md).
+MOST_TOKENS = {"cpu": 256, "cpu float32": 1536, "default": 131072}
 
 #: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
 #: might not fit is the footprint looked up, which takes a second for a large model.
@@ -32,12 +34,18 @@ def tokens_per_forward(model: nn.Module | None, device: str = "cpu") -> int:
         model: None is a model of which nothing is known.
         device: type of the device that runs it.
     """
+    kind = _kind_of(model, device)
+    return TOKENS_PER_FORWARD.get(kind, TOKENS_PER_FORWARD["default"])
+
+
+def _kind_of(model: nn.Module | None, device: str) -> str:
+    """Return the key of ``TOKENS_PER_FORWARD`` and ``MOST_TOKENS``, or another type of device."""
     if device == "cpu" and model is not None:
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
         weights = [vars(layer)["packed"] if "packed" in vars(layer) else layer.weight for layer in layers]
         if weights and all(weight.dtype == torch.float32 for weight in weights):
-            device = "cpu float32"
-    return TOKENS_PER_FORWARD.get(device, TOKENS_PER_FORWARD["default"])
+            return "cpu float32"
+    return device
 
 
 class Planner:
@@ -77,7 +85,7 @@ class Planner:
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
         self.scored, self.rows_apart = 0, False
-        self._knee = tokens_per_forward(model)
+        self._kind = _kind_of(model, "cpu")
         self.asked_for = memory_budget is not None
         # Rows that fit, by rows wanted, tokens of a row and how many of them are scored.
         self._fitting: dict[tuple[int, int, int], int] = {}
@@ -94,7 +102,7 @@ class Planner:
         Raises:
             SettingError: the memory budget is too small for one probe.
         """
-        wanted = self.probes_per_forward or max(1, self._knee_on(device) // max(1, rows * tokens))
+        wanted = self.probes_per_forward or max(1, self._of(TOKENS_PER_FORWARD, device) // max(1, rows * tokens))
         if self._most_tokens is not None:
             wanted = max(1, min(wanted, self._most_tokens // max(1, rows * tokens)))
         wide, least = -(-tokens // LOOKED_UP) * LOOKED_UP, self.rows_at_once(rows, tokens, device)
@@ -113,16 +121,16 @@ class Planner:
     def rows_at_once(self, rows: int, tokens: int, device: str = "cpu") -> int:
         """Return how many of a probe's ``rows`` sequences share a forward that has no other probe.
 
-        All of them up to twice the tokens that a forward gains from; of more, equal parts, whose activations stay in
-        the cache, and in memory once instead of several times.
+        All of them up to ``MOST_TOKENS``; of more, equal parts, whose activations stay in the cache and take less
+        memory.
         """
-        most = 2 * self._knee_on(device)
+        most = self._of(MOST_TOKENS, device)
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
 
-    def _knee_on(self, device: str) -> int:
-        return self._knee if device == "cpu" else tokens_per_forward(None, device)
+    def _of(self, table: dict[str, int], device: str) -> int:
+        return table.get(self._kind if device == "cpu" else device, table["default"])
 
     def rows(self, tokens: int, device: str = "cpu") -> int:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.

@@ -3,7 +3,10 @@
 import importlib.util
 import math
 import random
+import re
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -167,3 +170,13 @@ def test_a_width_without_end_is_refused_at_once():
     for arguments in ((2**63, 64, 2), (4096, 2**63, 2)):
         with pytest.raises(ValueError, match="9223372036854775808 is too large for a TT shape, expected at most"):
             TTAdapterLayout.auto(*arguments)
+
+
+def test_atheris_finds_no_failure_in_the_journal_reader(tmp_path):
+    pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86-64 and Python 3.11 to 3.13")
+    script = Path(fuzz.__file__).with_name("fuzz_atheris.py")
+    command = [sys.executable, str(script), "-runs=3000", "-max_len=8192", f"-artifact_prefix={tmp_path}/"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    covered = [int(count) for count in re.findall(r"cov: (\d+)", run.stderr)]
+    assert covered[-1] > 100 and not list(tmp_path.iterdir())

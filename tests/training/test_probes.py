@@ -9,7 +9,7 @@ from tiny import dense_float64, lm_batch, tiny_adapted
 from adazeta import ZerothOrder
 from adazeta.in_place import InPlace
 from adazeta.losses import lm_loss
-from adazeta.planner import TOKENS_PER_FORWARD, Planner
+from adazeta.planner import MOST_TOKENS, TOKENS_PER_FORWARD, Planner
 from adazeta.probes import Plan, batch_size, evaluate_probes, probes_per_forward, take_rows
 from adazeta.scoring import trunk_of
 from adazeta_kernels import perturb_
@@ -141,8 +141,9 @@ def test_a_step_goes_on_in_smaller_forwards_when_memory_runs_out(caplog):
 
 
 def test_a_large_probe_passes_in_parts(monkeypatch):
-    """Of 4 rows of 7 tokens where a forward gains up to 7 tokens: two at a time, with the same losses."""
+    """Of 4 rows of 7 tokens where a forward should have 14 at most: two at a time, with the same losses."""
     monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    monkeypatch.setitem(MOST_TOKENS, "cpu float32", 14)
     found = {}
     for apart in (True, False):
         model, rows = tiny_adapted(noise=0.2), []
@@ -168,6 +169,7 @@ def tokens_seen(model, shapes):
 
 def test_rows_that_mix_are_not_parted(monkeypatch):
     monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    monkeypatch.setitem(MOST_TOKENS, "cpu float32", 14)
     model, shapes = tiny_adapted(noise=0.2), []
 
     def mixed(model, batch):
@@ -184,6 +186,7 @@ def test_rows_that_mix_are_not_parted(monkeypatch):
 
 def test_a_part_that_does_not_fit_is_halved(monkeypatch):
     monkeypatch.setitem(TOKENS_PER_FORWARD, "cpu float32", 7)
+    monkeypatch.setitem(MOST_TOKENS, "cpu float32", 14)
     model, sizes = tiny_adapted(noise=0.2), []
 
     def limited(batch):
@@ -203,5 +206,5 @@ def test_parts_are_equal():
     planner = Planner()
     assert planner.rows_at_once(16, 64) == 16
     planner.rows_apart = True
-    assert [planner.rows_at_once(rows, 64) for rows in (8, 9, 16, 17, 1)] == [8, 5, 8, 6, 1]
+    assert [planner.rows_at_once(rows, 64) for rows in (4, 5, 16, 17, 1)] == [4, 3, 4, 4, 1]
     assert planner.rows_at_once(3, 5000) == 1
