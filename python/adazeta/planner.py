@@ -15,9 +15,10 @@ log = logging.getLogger("adazeta")
 
 #: Tokens in a forward beyond which a device gains little (docs/experiments.md has the measurement). On a CPU rows of
 #: bfloat16 layers get no cheaper above 256 tokens; those of float32 ones do, by a tenth.
-TOKENS_PER_FORWARD = {"cpu": 256, "cpu float32": 768, "default": 65536}
-#: Tokens beyond which a forward of one probe costs more than its parts (docs/performance.md).
-MOST_TOKENS = {"cpu": 256, "cpu float32": 1536, "default": 131072}
+TOKENS_PER_FORWARD = {"cpu": 256, "cpu mixed": 256, "cpu float32": 768, "default": 65536}
+#: Tokens beyond which a forward of one probe costs more than its parts, for activations then leave the cache: those
+#: between mixed layers are float32 (docs/performance.md).
+MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131072}
 
 #: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
 #: might not fit is the footprint looked up, which takes a second for a large model.
@@ -45,6 +46,8 @@ def _kind_of(model: nn.Module | None, device: str) -> str:
         weights = [vars(layer)["packed"] if "packed" in vars(layer) else layer.weight for layer in layers]
         if weights and all(weight.dtype == torch.float32 for weight in weights):
             return "cpu float32"
+        if any(isinstance(m, nn.Embedding) and m.weight.dtype == torch.float32 for m in model.modules()):
+            return "cpu mixed"
     return device
 
 

@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import dense_float64, lm_batch, tiny_adapted
+from tiny import dense_float64, lm_batch, tiny_adapted, tiny_llama
 
 from adazeta import ZerothOrder
+from adazeta.frozen import mix
 from adazeta.in_place import InPlace
 from adazeta.losses import lm_loss
 from adazeta.planner import MOST_TOKENS, TOKENS_PER_FORWARD, Planner
@@ -208,3 +209,15 @@ def test_parts_are_equal():
     planner.rows_apart = True
     assert [planner.rows_at_once(rows, 64) for rows in (4, 5, 16, 17, 1)] == [4, 3, 4, 4, 1]
     assert planner.rows_at_once(3, 5000) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "rows"), [("float32", False, 24), ("float32", True, 4), ("bfloat16", False, 8)]
+)
+def test_how_many_rows_a_cpu_takes_at_once(dtype, mixed, rows):
+    model = tiny_llama().to(getattr(torch, dtype))
+    if mixed:
+        mix(model)
+    planner = Planner(model)
+    planner.rows_apart = True
+    assert planner.rows_at_once(24, 64) == rows
