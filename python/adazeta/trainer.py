@@ -99,8 +99,6 @@ class ZOTrainer(Trainer):
         super().__init__(model, args, *rest, **kwargs)
         # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        # Batches come from their loader on the CPU: their integers then keep a twin there (adazeta.batches).
-        self.accelerator.device_placement = False
         if self.args.n_gpu > 1:
             raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
         processes = max(self.args.world_size, int(os.environ.get("WORLD_SIZE", "1")))
@@ -172,6 +170,14 @@ class ZOTrainer(Trainer):
         return sampler
 
     def get_train_dataloader(self):
+        # Batches come from their loader on the CPU: their integers then keep a twin there (adazeta.batches).
+        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return self._train_loader()
+        finally:
+            self.accelerator.device_placement = placement
+
+    def _train_loader(self):
         privacy = self.zo.privacy
         if privacy is None:
             return super().get_train_dataloader()
