@@ -112,9 +112,9 @@ def narrow(x, DTYPE: tl.constexpr):
 def pointer(address, DTYPE: tl.constexpr):
     """The int64 `address` as a pointer to elements of the dtype of the code DTYPE."""
     if DTYPE == FLOAT32:
-        result = address.to(tl.pointer_type(tl.float32))
+        result = address.to(tl.int64).to(tl.pointer_type(tl.float32))
     elif DTYPE == BFLOAT16:
-        result = address.to(tl.pointer_type(tl.bfloat16))
+        result = address.to(tl.int64).to(tl.pointer_type(tl.bfloat16))
     else:
-        result = address.to(tl.pointer_type(tl.float16))
+        result = address.to(tl.int64).to(tl.pointer_type(tl.float16))
     return result

@@ -147,7 +147,7 @@ def write_words(
     w7: tl.int64,
 ):
     """Write eight numbers that travel as arguments of the launch."""
-    to = address.to(tl.pointer_type(tl.int64))
+    to = address.to(tl.int64).to(tl.pointer_type(tl.int64))
     tl.store(to, w0)
     tl.store(to + 1, w1)
     tl.store(to + 2, w2)

@@ -32,7 +32,7 @@ def perturb_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    words = table.to(tl.pointer_type(tl.int64))
+    words = table.to(tl.int64).to(tl.pointer_type(tl.int64))
     tile = tl.program_id(0).to(tl.int64)
     # The last tensor that begins at or before this tile.
     low = tile * 0

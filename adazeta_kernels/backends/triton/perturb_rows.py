@@ -30,7 +30,7 @@ def perturb_rows_kernel(
     # Rows of one tile follow each other, so that theta is read from the cache but once.
     row = tl.program_id(0) % rows
     base, position = tile_start(offset, tl.program_id(0) // rows, BLOCK)
-    words = table.to(tl.pointer_type(tl.int64))
+    words = table.to(tl.int64).to(tl.pointer_type(tl.int64))
     seed_lo, seed_hi = split_seed(tl.load(words + row))
     scale = tl.load(words + rows + row).to(tl.int32).to(tl.float32, bitcast=True)
     acc = load_tile(theta, position, numel, DTYPE, BLOCK)
