@@ -90,13 +90,12 @@ def held():  # what stays resident of 32 MiB that were made and freed
     del tensors
     return _status("VmRSS:") - before
 
-figures = {"plain": held()}
+figures = {}
 start = _status("VmRSS:")
 with freed_memory_kept():
     figures["kept"] = held()
-    figures["again"] = held()
+    figures["again"] = sorted(held() for _ in range(11))[5]  # holes that are just too small cost a round or two
 figures["left"] = _status("VmRSS:") - start
-figures["after"] = held()
 print(json.dumps(figures))
 """
 
@@ -107,4 +106,5 @@ def test_freed_memory_is_kept_and_given_back():
     ran = subprocess.run([sys.executable, "-c", _KEPT], capture_output=True, text=True, check=True)
     bytes_of = json.loads(ran.stdout)
     assert bytes_of["kept"] > 24 * MIB
-    assert max(abs(bytes_of[name]) for name in ("plain", "again", "left", "after")) < 8 * MIB
+    assert bytes_of["again"] < 4 * MIB  # what was kept serves again
+    assert bytes_of["left"] < 4 * MIB
