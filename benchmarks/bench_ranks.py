@@ -24,7 +24,7 @@ from timing import ROUNDS, machine
 from adazeta import TTConfig, ZerothOrder
 from adazeta.distributed import join
 from adazeta.frozen import pack
-from adazeta.planner import TOKENS_PER_FORWARD
+from adazeta.planner import tokens_per_forward
 
 
 def measure(arguments, ranks) -> dict:
@@ -33,7 +33,7 @@ def measure(arguments, ranks) -> dict:
     base = build(arguments.model, torch.float32, little=arguments.little)
     model = peft.get_peft_model(base, TTConfig(**(LITTLE_ADAPTER if arguments.little else ADAPTER))).eval()
     if arguments.gemm == "packed":
-        pack(base, TOKENS_PER_FORWARD["cpu"])
+        pack(base, tokens_per_forward(base))
     batch, loss = make_batch(base, arguments.rows, arguments.tokens), loss_for(base)
     settings = {"lr": 0.0, "eps": EPS, "queries": arguments.queries, "prefix_cache": "off"}
     alone, together = ZerothOrder(model, **settings), ZerothOrder(model, ranks=ranks, **settings)

@@ -9,7 +9,7 @@ alone. The linear layers there, all but those that make keys and values, multipl
 zeros, which nobody reads.
 
 Which layers these are is found by looking: the model runs once on a few tokens, and a layer of the last block counts
-if zeros in place of its other tokens leave the block's result at the scored ones as it was, bit for bit.
+if NaN in place of its results for the other tokens leaves the block's result at the scored ones as it was, bit for bit.
 
 Numerics: the same products, in matrices of another height: losses are equal up to their rounding.
 """
@@ -33,7 +33,7 @@ from .tuner.layer import TTLayer
 _log = logging.getLogger("adazeta")
 
 #: The model is looked at with so many rows and tokens, and these scored tokens of each row.
-ROWS, TOKENS, SCORED = 2, 7, ((6,), (5,))
+ROWS, TOKENS, SCORED = 2, 7, torch.tensor([[6], [5]])
 #: Where more than this share of the tokens is scored, gathering them costs more than it saves.
 MOST_SCORED = 0.5
 #: Most bytes of products below the first adapter that are kept from one forward of an estimate to the next.
@@ -82,8 +82,11 @@ class BlockEnds:
     def describe(self, *, alike: bool = True) -> str:
         """Say what is left out, nothing where nothing is; ``alike`` as for :meth:`used`."""
         self._look()
-        parts = [f"{len(self.below)} before the first adapter run once per example"] * bool(self.below and alike)
-        parts += [f"{len(self.above)} of the last block at scored tokens only"] * bool(self.above)
+        parts = []
+        if self.below and alike:
+            parts.append(f"{len(self.below)} before the first adapter run once per example")
+        if self.above:
+            parts.append(f"{len(self.above)} of the last block at scored tokens only")
         return "linear layers: " + ", ".join(parts) if parts else ""
 
     def _once_per_row(self, forward: Callable, *args, **kwargs):
@@ -177,10 +180,10 @@ class _Look:
         expected = self._scored(_first_tensor(self.block(*args, **kwargs)))
         found = []
         for layer in filter(self._once, _linear_layers(self.block)):
-            with _each([layer], partial(_at_tokens, self._index(), (ROWS, TOKENS), float("nan"), whole=True)):
+            with _each([layer], partial(_at_tokens, SCORED, (ROWS, TOKENS), float("nan"), whole=True)):
                 same = torch.equal(self._scored(_first_tensor(self.block(*args, **kwargs))), expected)
             found += [layer] * same
-        with _each(found, partial(_at_tokens, self._index(), (ROWS, TOKENS), 0.0)):
+        with _each(found, partial(_at_tokens, SCORED, (ROWS, TOKENS), 0.0)):
             hidden = self._scored(self._run())
         if not torch.allclose(hidden, self.hidden, rtol=0, atol=1e-2 * float(self.hidden.abs().max())):
             raise ValueError("what follows the last block reads other tokens than the scored ones")
@@ -195,14 +198,11 @@ class _Look:
             handle.remove()
         return seen[0]
 
-    def _index(self) -> torch.Tensor:
-        return torch.tensor(SCORED)
-
     def _scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return ``hidden`` at the scored tokens, which must be numbers."""
         if hidden.shape[:2] != (ROWS, TOKENS):
             raise ValueError(f"expected hidden states of {ROWS} x {TOKENS} tokens, got {tuple(hidden.shape)}")
-        return hidden[torch.arange(ROWS)[:, None], torch.tensor(SCORED)]
+        return hidden[torch.arange(ROWS)[:, None], SCORED]
 
     def _once(self, module: nn.Module) -> bool:
         return self.order.count(module) == 1 and module not in self.other
@@ -287,10 +287,10 @@ def _distinct(inputs: Mapping[str, Any]) -> tuple[tuple, torch.Tensor, torch.Ten
     if not plain or any(inputs.get(name) is not None for name in ("past_key_values", "inputs_embeds")):
         return None
     numbers = torch.cat([host(value).long() for value in tensors], 1).numpy()
-    met: dict[bytes, int] = {}
-    index = [met.setdefault(row.tobytes(), len(met)) for row in numbers]
-    first = [index.index(number) for number in range(len(met))]
-    return tuple(met), torch.tensor(first), torch.tensor(index), tuple(ids.shape)
+    met: dict[bytes, int] = {}  # distinct rows, by the first of each
+    firsts = [met.setdefault(row.tobytes(), number) for number, row in enumerate(numbers)]
+    first, index = torch.tensor(firsts).unique(return_inverse=True)  # in order, as the rows were met
+    return tuple(met), first, index, tuple(ids.shape)
 
 
 def _by_row(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:

@@ -35,8 +35,7 @@ def tokens_per_forward(model: nn.Module | None, device: str = "cpu") -> int:
         model: None is a model of which nothing is known.
         device: type of the device that runs it.
     """
-    kind = _kind_of(model, device)
-    return TOKENS_PER_FORWARD.get(kind, TOKENS_PER_FORWARD["default"])
+    return _look_up(TOKENS_PER_FORWARD, _kind_of(model, device))
 
 
 def _kind_of(model: nn.Module | None, device: str) -> str:
@@ -49,6 +48,10 @@ def _kind_of(model: nn.Module | None, device: str) -> str:
         if any(isinstance(m, nn.Embedding) and m.weight.dtype == torch.float32 for m in model.modules()):
             return "cpu mixed"
     return device
+
+
+def _look_up(table: dict[str, int], kind: str) -> int:
+    return table.get(kind, table["default"])
 
 
 class Planner:
@@ -133,7 +136,7 @@ class Planner:
         return -(-rows // min(rows, -(-rows * tokens // most)))
 
     def _of(self, table: dict[str, int], device: str) -> int:
-        return table.get(self._kind if device == "cpu" else device, table["default"])
+        return _look_up(table, self._kind if device == "cpu" else device)
 
     def rows(self, tokens: int, device: str = "cpu") -> int:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.
