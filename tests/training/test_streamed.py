@@ -8,6 +8,7 @@ from tiny import lm_batch, tiny_adapted, tiny_llama
 from torch import nn
 
 from adazeta import ZerothOrder, streamed
+from adazeta.frozen import pack
 from adazeta.losses import lm_loss
 from adazeta.streamed import Streamed
 from adazeta_kernels import derive_seeds, perturb_
@@ -157,6 +158,20 @@ def test_adapters_and_a_head_together():
     assert torch.equal(head, before)
     opt.step()
     assert not torch.equal(head, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_above_packed_layers(dtype):
+    """Packed weights have no address that could be compared with the head's."""
+    projected = []
+    for packed in (False, True):
+        model = tiny_adapted(noise=0.2, modules_to_save=["lm_head"], dtype=dtype)
+        if packed and not pack(model, 64):
+            pytest.skip(f"this processor packs no {dtype} layer")
+        opt = ZerothOrder(model, eps=0.05, queries=2)
+        opt.estimate(lm_loss, lm_batch(4))
+        projected.append(opt._projected[0])
+    torch.testing.assert_close(*projected, rtol=0, atol=1e-3 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize(
