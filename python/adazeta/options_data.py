@@ -71,6 +71,14 @@ TASK = [
     ),
     Option("labels", listed, "class labels of a head, separated by commas", shown="those in the data, sorted"),
     Option("pooling", str, "head: own (the model's) or mean (of the hidden states)", "own", choices=("own", "mean")),
+    Option(
+        "head-start",
+        str,
+        "head: its last layer begins fitted (logistic regression on the frozen model's features of the training "
+        "examples) or random",
+        choices=("fitted", "random"),
+        shown="fitted; random in a private run",
+    ),
     Option("normalize", boolean, "choice: divide a candidate's log likelihood by its number of tokens", True),
     Option("max-tokens", positive, "longest prompt, in tokens; longer texts lose their end", 256),
 ]

@@ -220,6 +220,8 @@ def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say)
         return dict(settings)
     if settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
         raise UserError("private training: --dp-epsilon asks for a noise, and --dp-noise gives it: give one of them")
+    if settings["head_start"] == "fitted":
+        raise UserError("private training: --head-start fitted looks at the data without noise; use random")
     from adazeta.privacy import Privacy
 
     steps = steps_of(settings, preset, examples)

@@ -291,6 +291,8 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
     from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory, shown_sentences
     from adazeta.distributed import together
+    from adazeta.head_start import start_head
+    from adazeta.journal import NAME as JOURNAL
     from adazeta.model_card import NAME as MODEL_CARD
     from adazeta.model_card import describe_run, model_card
     from adazeta.plots import draw_curves
@@ -301,6 +303,8 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
         """Load the model; return it, and the settings with what trials on this machine found best."""
         settings = settle_machine(settings, preset, say)
         classifier = new_classifier(settings, preset, say)
+        if not (resume and (partial / JOURNAL).is_file()):  # which has the numbers that the run began with
+            start_head(classifier, splits["train"], settings, say)
         if resume and (partial / CARD).is_file() and (measured_then := read_json(partial / CARD).get("calibration")):
             classifier.card["calibration"] = measured_then
         return classifier, resolve_auto(classifier, splits["train"], settings, preset, say)

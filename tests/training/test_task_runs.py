@@ -71,14 +71,15 @@ def main(capsys, *arguments):
     return code, output.out, output.err
 
 
+RANDOM = ("--head-start", "random")  # a fitted one has learned these few words before the first step
 CASES = [
     ("causal", "labels", (), "label-words", 0.05),
     ("masked", "labels", ("--template", "{text}{mask}"), "label-words", 0.05),
     ("seq2seq", "labels", ("--template", "{text}", "--layers", "0-1"), "label-words", 0.05),
-    ("encoder", "labels", (), "head", 0.03),
-    ("encoder", "labels", ("--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
-    ("masked", "labels", ("--task", "head", "--labels", "negative,positive"), "head", 0.03),
-    ("causal", "labels", ("--task", "head"), "head", 0.03),
+    ("encoder", "labels", RANDOM, "head", 0.03),
+    ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
+    ("masked", "labels", (*RANDOM, "--task", "head", "--labels", "negative,positive"), "head", 0.03),
+    ("causal", "labels", (*RANDOM, "--task", "head"), "head", 0.03),
     ("causal", "choices", ("--task", "choice"), "choice", 0.05),
     ("causal", "answers", ("--task", "completion"), "completion", 0.05),
     ("seq2seq", "answers", ("--task", "completion"), "completion", 0.05),
@@ -115,6 +116,19 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
     assert code == 0 and "bit for bit" in out, err
     code, out, err = main(capsys, "info", run)
     assert code == 0 and kind in out
+
+
+def test_a_fitted_head_is_where_the_run_begins(models, data, tmp_path, capsys):
+    run, dev = tmp_path / "run", data / "labels-dev.jsonl"
+    files = ("--model", models / "encoder", "--data", data / "labels.jsonl", "--dev-data", dev, "--output", run)
+    given = (*files, *SMALL, *SETTLED, "--lr", 0.01)
+    code, out, err = main(capsys, "train", *given, "--dp-noise", 1, "--head-start", "fitted")
+    assert code == 2 and "--head-start fitted looks at the data without noise" in err and not run.exists()
+    code, out, err = main(capsys, "train", *given)
+    assert code == 0 and "head begins as logistic regression on the frozen model's features: loss 0." in err, err
+    assert json.loads((run / "summary.json").read_text())["dev"]["before"]["loss"] < 0.4  # log 2 is a guess
+    code, out, err = main(capsys, "replay", run)
+    assert code == 0 and "bit for bit" in out, err
 
 
 def test_architectures(models, tmp_path):

@@ -45,6 +45,7 @@ def _calibrate(arguments) -> int:
     from ..auto import calibrate, check_measurable
     from ..calibration_report import describe, draw
     from ..files import disk_errors
+    from ..head_start import start_head
     from ..prepare import load_data, new_classifier, settle, settle_machine
     from ..runs import write_json
 
@@ -53,6 +54,7 @@ def _calibrate(arguments) -> int:
     splits, settings = load_data(settle(settings, say), say)
     settings = settle_machine(settings, preset, say)
     classifier = new_classifier(settings, preset, say)
+    start_head(classifier, splits["train"], settings, say)
     found = calibrate(
         classifier,
         splits["train"],

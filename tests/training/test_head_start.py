@@ -1,0 +1,126 @@
+"""A head begins as the logistic regression on what the frozen model makes of the examples."""
+
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from families import build
+from scipy.optimize import minimize
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from adazeta import TTConfig
+from adazeta.data import Example
+from adazeta.errors import UserError
+from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head
+from adazeta.heads import MeanPooled, head_modules
+from adazeta.tasks import HeadTask
+
+CLASSES = ("bad", "fair", "good")
+
+
+def problem(rows, width, classes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = 3 + 0.2 * torch.randn(rows, width, generator=generator)
+    directions = torch.randn(width, classes, generator=generator)
+    labels = ((features - 3) @ directions + torch.randn(rows, classes, generator=generator)).argmax(1)
+    return features, labels
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e-1])
+@pytest.mark.parametrize("classes, biased", [(2, True), (5, True), (3, False)])
+def test_logistic_regression_is_the_minimum(penalty, classes, biased):
+    features, labels = problem(200, 6, classes)
+    x, y = features.double().numpy(), labels.numpy()
+    size = np.square(x - x.mean(0) * biased).mean()
+
+    def objective(numbers):
+        weight, bias = numbers[:-classes].reshape(classes, -1), numbers[-classes:]
+        logits = x @ weight.T + bias * biased
+        top = logits.max(1)
+        total = top + np.log(np.exp(logits - top[:, None]).sum(1))
+        return (total - logits[np.arange(len(y)), y]).mean() + penalty * size * np.square(weight).sum()
+
+    weight, bias = logistic_regression(features, labels, classes, penalty, biased)
+    found = objective(torch.cat([weight.flatten(), bias]).double().numpy())
+    options = {"maxiter": 5000, "maxfun": 10**6, "ftol": 1e-15, "gtol": 1e-10}
+    best = minimize(objective, np.zeros(classes * 7), method="L-BFGS-B", options=options).fun
+    assert best - 1e-6 <= found < best + 1e-4 < math.log(classes)
+    assert biased or not bias.any()
+
+
+def test_a_class_without_examples_and_features_that_do_not_vary():
+    features, labels = problem(60, 4, 2)
+    weight, bias = logistic_regression(features, labels, 3, 1e-2)
+    assert (features @ weight.T + bias)[:, 2].max() < (features @ weight.T + bias)[:, :2].amax(1).min()
+    weight, bias = logistic_regression(torch.ones(9, 4), torch.tensor([0] * 6 + [1] * 3), 2, 1e-2)
+    shares = (torch.ones(1, 4) @ weight.T + bias).softmax(1)
+    torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3]]), atol=1e-3, rtol=0)
+
+
+class Letters:
+    """Token ids of a text: one per letter."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[3 + ord(letter) % 20 for letter in text] for text in texts]}
+
+
+def classifier(kind):
+    if kind == "mean":
+        base = MeanPooled(build("bert", AutoModel), len(CLASSES))
+    else:
+        base = build(kind, AutoModelForSequenceClassification, num_labels=len(CLASSES))
+    config = TTConfig(rank=2, bottleneck=8, sites="paper", modules_to_save=head_modules(base))
+    model = peft.get_peft_model(base.eval(), config).eval()
+    task = HeadTask(CLASSES)
+    from adazeta.runs import Classifier
+
+    return Classifier(model, Letters(), task, {})
+
+
+def examples(rows=60):
+    marks = {"bad": "aa", "fair": "ff", "good": "kk"}
+    return [Example(f"{'xyzw' * (1 + n % 3)}{marks[CLASSES[n % 3]]}", CLASSES[n % 3]) for n in range(rows)]
+
+
+@pytest.mark.parametrize("kind", ["mean", "bert", "roberta", "llama", "gpt2"])
+def test_the_model_then_scores_what_was_fitted(kind):
+    it, rows, done = classifier(kind), examples(), []
+    before = it.evaluate(rows)
+    names = {name: value.clone() for name, value in it.model.state_dict().items()}
+    held_out = fit_head(it, rows, batch_size=7, progress=done.append)
+    after = it.evaluate(rows)
+    assert sum(done) == len(rows)
+    assert after["accuracy"] > max(0.9, before["accuracy"]) and max(held_out, after["loss"]) < before["loss"]
+    changed = {name for name, value in it.model.state_dict().items() if not torch.equal(value, names[name])}
+    assert 1 <= len(changed) <= 2 and all("modules_to_save" in name for name in changed)
+    assert all("forward" not in vars(module) for module in it.model.modules())
+
+
+def test_too_few_examples_leave_it_alone(capsys):
+    it = classifier("mean")
+    before = [p.clone() for p in it.model.parameters()]
+    assert fit_head(it, examples(FOLDS - 1)) is None
+    assert all(torch.equal(a, b) for a, b in zip(before, it.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "settings, fitted",
+    [({}, True), ({"head_start": "random"}, False), ({"dp_noise": 1.0}, False), ({"dp_epsilon": 8.0}, False)],
+)
+def test_when_it_is_fitted(settings, fitted):
+    it, said = classifier("mean"), []
+    settings = {"head_start": None, "dp_noise": None, "dp_epsilon": None, "eval_batch_size": 8, **settings}
+    start_head(it, examples(), settings, said.append)
+    assert len(said) == fitted
+
+
+def test_a_head_without_a_last_linear_layer():
+    it = classifier("mean")
+    head = it.model.get_base_model().classifier
+    head.modules_to_save["default"] = torch.nn.Sequential(torch.nn.Tanh())
+    with pytest.raises(UserError, match="MeanPooled has no linear layer of 3 classes at its end; use --head-start random"):
+        fit_head(it, examples())
