@@ -210,16 +210,20 @@ def steps_of(settings: Mapping[str, Any], preset: str, examples: int) -> int:
     return math.ceil(keywords.get("num_train_epochs", 3) * examples / (settings["batch_size"] * settings["accumulate"]))
 
 
-def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say) -> dict[str, Any]:
+def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say, processes: int = 1) -> dict[str, Any]:
     """Return the settings with the noise that ``dp_epsilon`` asks for; a resumed run finds it there.
 
     Raises:
-        UserError: settings out of their range, both of them, or no accountant library.
+        UserError: settings out of their range, both of them, more than one process, or no accountant library.
     """
     if settings["dp_epsilon"] is None and settings["dp_noise"] is None:
         return dict(settings)
     if settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
         raise UserError("private training: --dp-epsilon asks for a noise, and --dp-noise gives it: give one of them")
+    if processes > 1:
+        raise UserError(
+            f"private training: examples are drawn in one process, got {processes}; examples/federated.py is for many"
+        )
     if settings["head_start"] == "fitted":
         raise UserError("private training: --head-start fitted looks at the data without noise; use random")
     from adazeta.privacy import Privacy

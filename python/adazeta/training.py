@@ -263,7 +263,8 @@ def train(
     from adazeta.distributed import together
 
     splits, settings = together(ranks, lambda: load_data(settle(settings, say), say), "data")
-    settings = settle_privacy(settings, preset, len(splits["train"]), say)
+    processes = ranks.size if ranks is not None else 1
+    settings = settle_privacy(settings, preset, len(splits["train"]), say, processes)
     if test and not splits["test"]:
         raise UserError(
             f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "
@@ -273,7 +274,7 @@ def train(
     aim = together(ranks, lambda: aim_of(settings), "objective")
     if aim.is_metric:
         settings = {**settings, "metric": list(dict.fromkeys([*settings["metric"], aim.name]))}
-    where = {"dev": bool(splits["dev"]), "processes": ranks.size if ranks is not None else 1}
+    where = {"dev": bool(splits["dev"]), "processes": processes}
     settings = {**settings, "keep_best": together(ranks, lambda: best_metric(settings, aim, **where), "settings")}
     with ExitStack() as stack:
 

@@ -11,8 +11,10 @@ from tiny_run import ADAPTER, SAME_BITS, cli, fails, main, write_data, write_mod
 from transformers import TrainingArguments
 
 from adazeta import ZerothOrder, ZOConfig, ZOTrainer, privacy
+from adazeta.errors import UserError
 from adazeta.journal import NAME, read
 from adazeta.losses import lm_loss
+from adazeta.prepare import settle_privacy
 from adazeta.privacy import PoissonBatches, Privacy
 
 SIZES = {"batch_size": 4, "examples": 40, "delta": 1e-3}
@@ -152,6 +154,11 @@ def test_the_trainer_draws_batches_and_its_files_tell_nothing_of_them(tmp_path):
     trainer.args.per_device_train_batch_size = 2
     with pytest.raises(ValueError, match="batches of 1 of 40 examples, got batches of 2 of 40"):
         trainer.get_train_dataloader()
+
+
+def test_many_processes_are_refused_before_a_model_is_loaded():
+    with pytest.raises(UserError, match="drawn in one process, got 2"):
+        settle_privacy({"dp_epsilon": None, "dp_noise": 1.0, "head_start": None}, "default", 40, print, processes=2)
 
 
 def test_the_command_line_keeps_to_epsilon_and_resumes(tmp_path, capsys):
