@@ -24,7 +24,7 @@ from adazeta.progress import progress_bar
 from adazeta.report import machine
 
 COMMON = {"prefix_cache": "memory:4GiB", "queries": 4, "seed": 0, "gemm": "plain", "threads": 1}
-HEAD = {"model": "minilm", "task": "head", "pooling": "mean", "layers": "5", "steps": 100}
+HEAD = {"model": "minilm", "task": "head", "pooling": "mean", "layers": "5", "head_start": "random", "steps": 100}
 CAUSAL = {"model": "smollm2", "layers": "28-29", "steps": 100}
 PAIRS = {
     "minilm/float32": {**HEAD, "dtype": "float32"},

@@ -1,10 +1,11 @@
 """MiniLM learns to judge movie sentences: by zeroth-order steps, and by AdamW on the same numbers.
 
-    python benchmarks/minilm.py --output benchmarks/results/minilm.json
+    python benchmarks/minilm.py --output benchmarks/results/minilm/fitted-head-layer-5.json
 
 2,000 sentences to train on, 1,000 to test. A classification head on the mean of the hidden states and the adapters of
-the last block train; eps and lr of the zeroth-order run are measured (``adazeta calibrate``). AdamW gets as many passes
-over the data as --epochs says, in batches of the same size. Both begin with the same numbers.
+--layers train, the head from the logistic regression on the frozen model's features (``--head-start``); eps and lr of
+the zeroth-order run are measured (``adazeta calibrate``). AdamW gets as many passes over the data as --epochs says, in
+batches of the same size. Both begin with the same numbers.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from calibration_sweep import COMMON, HEAD, PRESET, Bench
 
 from adazeta import ZerothOrder
 from adazeta.auto import calibrate
+from adazeta.head_start import start_head
 from adazeta.options import TRAIN, resolve
 from adazeta.progress import progress_bar
 from adazeta.report import machine, table
@@ -50,20 +52,26 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=16, help="queries a step (default: 16)")
     parser.add_argument("--epochs", type=int, default=3, help="passes of AdamW over the data (default: 3)")
     parser.add_argument("--adamw-lr", type=float, default=0.01, help="learning rate of AdamW (default: 0.01)")
+    parser.add_argument("--layers", default="5", help="blocks with adapters (default: 5, the last)")
+    parser.add_argument("--head-start", default="fitted", choices=("fitted", "random"), help="(default: fitted)")
     parser.add_argument("--train", type=int, default=2000, help="training sentences (default: 2000)")
     parser.add_argument("--test", type=int, default=1000, help="held-out sentences (default: 1000)")
     arguments = parser.parse_args()
     flags = {**COMMON, **HEAD, "dtype": "float32", "steps": arguments.steps, "queries": arguments.queries}
+    flags |= {"layers": arguments.layers, "head_start": arguments.head_start}
     bench = Bench(resolve(flags, TRAIN, preset=PRESET), arguments.train, arguments.test)
     result = {"settings": flags, "train": len(bench.train), "test": len(bench.test), "numbers": bench.numbers}
-    result |= {"machine": machine(), "before": bench.evaluate()}
+    result |= {"machine": machine(), "random_head": bench.evaluate()}
+    start_head(bench.classifier, bench.examples, bench.settings, print)
+    bench.start = [tensor.clone() for tensor in ZerothOrder(bench.classifier.model, **bench.zo).trainable().tensors]
+    result["before"] = bench.evaluate()
     found = calibrate(bench.classifier, bench.examples, {**bench.settings, "eps": "auto", "lr": "auto"}, PRESET)
     result["calibration"] = found.to_dict()
     result["zeroth_order"] = bench.fit(found.eps, found.lr)
     result["adamw"] = adamw(bench, arguments.adamw_lr, arguments.epochs)
     result["gap_points"] = 100 * (result["adamw"]["accuracy"] - result["zeroth_order"]["accuracy"])
     lines = [("", "accuracy", "loss", "rows", "CPU seconds")]
-    for name in ("before", "zeroth_order", "adamw"):
+    for name in ("random_head", "before", "zeroth_order", "adamw"):
         run = result[name]
         cost = (f"{run['rows']:,}", f"{run['cpu_s']:,.0f}") if "rows" in run else ("", "")
         lines.append((name.replace("_", " "), f"{run['accuracy']:.3f}", f"{run['loss']:.3f}", *cost))

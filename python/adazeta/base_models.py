@@ -14,16 +14,21 @@ DTYPES = ("float32", "mixed", "bfloat16", "float16")
 
 
 def model_folder(name: str, say: Say = lambda line: None) -> Path:
-    """Return the folder of a base model: ``smollm2`` and ``minilm`` are fetched, others must have a config.json."""
+    """Return the folder of a base model: ``smollm2``, ``minilm`` and ``hub:OWNER/NAME`` are fetched, if need be."""
     from adazeta import assets
+    from adazeta.hub_models import could_be_hub_name, hub_folder, is_hub_name
 
     fetched = {assets.MODEL_NAME: assets.model_dir, assets.ENCODER_NAME: assets.encoder_dir}
     if name in fetched and not Path(name).is_dir():
         return fetched[name](say)
+    if is_hub_name(name):
+        return hub_folder(name, say)
     folder = Path(name).expanduser()
     if not folder.is_dir():
+        at_hub = f" (hub:{name}?)" if could_be_hub_name(name) else ""
         raise UserError(
-            f"no such model folder: {name}; give a folder with config.json and weights, or '{assets.MODEL_NAME}'"
+            f"no such model folder: {name}; give a folder with config.json and weights, hub:OWNER/NAME{at_hub}, or "
+            f"'{assets.MODEL_NAME}'"
         )
     if not (folder / "config.json").is_file():
         from adazeta.runs import is_run

@@ -1,17 +1,17 @@
 """Where a head begins: at the logistic regression on what the frozen model makes of the examples.
 
-The last linear layer of a head gives ``logits = W h + b``. Its inputs ``h`` do not depend on ``W`` and ``b``, so forwards
-over the examples, once, are all that the best ``W`` and ``b`` for the model as it stands need:
+The last linear layer of a head gives ``logits = W h + b``. Its inputs ``h`` do not depend on ``W`` and ``b``, so
+forwards over the examples, once, are all that the best ``W`` and ``b`` for the model as it stands need:
 
     minimise  mean_n CE(W h_n + b, y_n) + penalty s^2 |W|^2,
 
 with ``s^2`` the mean square of ``h`` less its mean (of ``h`` itself for a layer without ``b``): a convex problem of
-``classes x (width + 1)`` numbers, by L-BFGS. The penalty is the one of ``PENALTIES`` whose fits of
-four fifths of the examples have the least loss on the last fifth, over all five. Zeroth-order steps go on from there, on
-adapters and head together: what they would need most of their queries for is there when they begin.
+``classes x (width + 1)`` numbers, by L-BFGS. The penalty is the one of ``PENALTIES`` whose fits of four fifths of the
+examples have the least loss on the last fifth, over all five. Zeroth-order steps go on from there, on adapters and head
+together: what they would need most of their queries for is there when they begin.
 
-Numerics: features and fit in float32; the bits depend on the number of threads, as those of any product. A run's journal
-keeps the numbers it begins with.
+Numerics: features and fit in float32; the bits depend on the number of threads, as those of any product. A run's
+journal keeps the numbers it begins with.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:
     """Fit the head of a new run, where it has one and ``settings`` do not say otherwise."""
     private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    if classifier.task.kind != HeadTask.kind or (settings["head_start"] or ("random" if private else "fitted")) == "random":
+    if (
+        classifier.task.kind != HeadTask.kind
+        or (settings["head_start"] or ("random" if private else "fitted")) == "random"
+    ):
         return
     with progress_bar(min(len(examples), MOST_ROWS), "fit head", "rows") as bar:
         loss = fit_head(classifier, examples, batch_size=settings["eval_batch_size"], progress=bar.update)
@@ -138,8 +141,8 @@ def _last_layer(model: nn.Module, classes: int) -> nn.Linear:
     ]
     if not found:
         raise UserError(
-            f"--head-start fitted: the head of {type(inner).__name__} has no linear layer of {classes} classes at its end; "
-            "use --head-start random"
+            f"--head-start fitted: the head of {type(inner).__name__} has no linear layer of {classes} classes at its "
+            "end; use --head-start random"
         )
     return found[-1]
 

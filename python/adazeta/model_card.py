@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__, assets
+from .hub_models import is_hub_name
 from .report import facts, machine
 from .rows import HUB
 from .runs import ADAPTER, CARD, CURVES, METRICS, SUMMARY, read_card, read_json, write_json
@@ -44,6 +45,8 @@ def hub_name(model: str | Path) -> str | None:
     """Return the hub's name of a base model, None where a folder does not tell it."""
     if str(model) in HUB_NAMES:
         return HUB_NAMES[str(model)]
+    if is_hub_name(model):
+        return str(model).removeprefix(HUB).partition("@")[0]
     folder = Path(model)
     for part in folder.parts:  # the hub's cache
         if part.startswith("models--"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adazeta.errors import UserError
+from adazeta.hub_models import FORM
 from adazeta.kinds import (
     boolean,
     cache_setting,
@@ -48,7 +49,9 @@ RUN = [
     ),
 ]
 MODEL = [
-    Option("model", str, "base model: a folder with config.json, or 'smollm2' for the demo's", "smollm2"),
+    Option(
+        "model", str, f"base model: a folder with config.json, {FORM} of the Hugging Face hub, or 'smollm2'", "smollm2"
+    ),
     Option(
         "dtype",
         str,

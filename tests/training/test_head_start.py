@@ -122,5 +122,7 @@ def test_a_head_without_a_last_linear_layer():
     it = classifier("mean")
     head = it.model.get_base_model().classifier
     head.modules_to_save["default"] = torch.nn.Sequential(torch.nn.Tanh())
-    with pytest.raises(UserError, match="MeanPooled has no linear layer of 3 classes at its end; use --head-start random"):
+    with pytest.raises(
+        UserError, match="MeanPooled has no linear layer of 3 classes at its end; use --head-start random"
+    ):
         fit_head(it, examples())

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 
+from .. import hub_models
 from ..rows import HUB
 
 INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1  # exit statuses
@@ -30,12 +31,13 @@ def say(line: str) -> None:
 
 
 def stay_offline(*sources: str | None) -> None:
-    """Let nothing be looked up on the hub, unless one of the sources of data is there: models are folders.
+    """Let nothing be looked up on the hub, unless one of the sources of data is there; a model is fetched all the same.
 
     Libraries read this when they are imported.
     """
-    if not any(str(source).startswith(HUB) for source in sources):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any(str(source).startswith(HUB) for source in sources) and "HF_HUB_OFFLINE" not in os.environ:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        hub_models.kept_offline = True
 
 
 def quiet() -> None:
