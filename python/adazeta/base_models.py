@@ -27,8 +27,8 @@ def model_folder(name: str, say: Say = lambda line: None) -> Path:
     if not folder.is_dir():
         at_hub = f" (hub:{name}?)" if could_be_hub_name(name) else ""
         raise UserError(
-            f"no such model folder: {name}; give a folder with config.json and weights, hub:OWNER/NAME{at_hub}, or "
-            f"'{assets.MODEL_NAME}'"
+            f"no such model folder: {name}; give a folder with config.json and weights, hub:OWNER/NAME{at_hub}, "
+            f"'{assets.MODEL_NAME}' or '{assets.ENCODER_NAME}'"
         )
     if not (folder / "config.json").is_file():
         from adazeta.runs import is_run

@@ -67,6 +67,7 @@ def base_sha256(model: torch.nn.Module, trained: Iterable[torch.Tensor] = ()) ->
     for name, parameter in named_parameters(model):
         if id(parameter) in left_out or ".tt_theta." in name:
             continue
+        name = name.replace(".base_layer.", ".")  # the base is the same wherever its adapters are
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         if hasattr(parameter, "full_tensor"):  # split over processes, which all come here together
             parameter = parameter.full_tensor()

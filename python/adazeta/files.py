@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from .errors import UserError
 
 _ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space and run the command again",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
-    errno.EFBIG: "the largest file that the system allows is reached (ulimit -f): raise it and run the command again",
+    errno.ENOSPC: "the disk is full: free some space and {again}",
+    errno.EDQUOT: "the disk quota is used up: free some space and {again}",
+    errno.EFBIG: "the largest file that the system allows is reached (ulimit -f): raise it and {again}",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.EACCES: "no permission to write there: choose another folder",
     errno.EPERM: "no permission to write there: choose another folder",
@@ -60,7 +60,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what the disk refuses (full, read-only, not permitted) into a one-line UserError naming ``path``."""
+    """Turn what the disk refuses (full, read-only, not permitted) into a one-line UserError naming ``path``.
+
+    What is in the folder of an unfinished run, ``<output>.partial``, stays: the line says how to go on.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -70,7 +73,8 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
             number = errno.ENOSPC
         if isinstance(error, UserError) or number not in _ADVICE:
             raise
-        raise UserError(f"cannot write {path}: {_ADVICE[number]}") from error
+        again = "go on with --resume" if Path(path).suffix == ".partial" else "run the command again"
+        raise UserError(f"cannot write {path}: {_ADVICE[number].format(again=again)}") from error
 
 
 @contextmanager

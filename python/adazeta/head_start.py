@@ -74,6 +74,8 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
 
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:
     """Fit the head of a new run, where it has one and ``settings`` do not say otherwise."""
+    if settings["head_start"] and classifier.task.kind != HeadTask.kind:
+        say(f"--head-start is for --task head: of no effect on {classifier.task.kind}")
     private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
     if (
         classifier.task.kind != HeadTask.kind

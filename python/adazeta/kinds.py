@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 
@@ -108,12 +109,12 @@ def layers(value) -> str | list[int]:
     """Read ``middle``, or integers separated by commas, ranges ``a-b`` included."""
     if value == "middle":
         return value
-    if isinstance(value, (list, tuple)):
-        return [int(number) for number in value]
     found: list[int] = []
-    for part in str(value).split(","):
-        first, dash, last = part.partition("-")
-        found += range(int(first), int(last) + 1) if dash else [int(first)]
+    for part in value if isinstance(value, (list, tuple)) else str(value).split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"expected middle, or blocks such as 0-5,29, got {value!r}")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 
 

@@ -50,7 +50,10 @@ RUN = [
 ]
 MODEL = [
     Option(
-        "model", str, f"base model: a folder with config.json, {FORM} of the Hugging Face hub, or 'smollm2'", "smollm2"
+        "model",
+        str,
+        f"base model: a folder with config.json, {FORM} of the Hugging Face hub, 'smollm2' or 'minilm'",
+        "smollm2",
     ),
     Option(
         "dtype",

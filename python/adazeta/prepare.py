@@ -34,7 +34,7 @@ def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
     if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
-        say(f"adapters act on all positions: task {settings['task']} of a {kind} model does not score the last alone")
+        say(f"adapters act on all positions: task {settings['task']} on the {kind} model does not score the last alone")
         settings["positions"] = "all"
     return settings
 

@@ -36,7 +36,7 @@ def test_bad_runs(world, capsys, tmp_path):
     (tmp_path / "none").mkdir()
     assert "no such run folder" in fails(capsys, "replay", tmp_path / "nowhere")
     assert "has no journal" in fails(capsys, "replay", tmp_path / "none")
-    assert "is not a model folder" in fails(capsys, "predict", tmp_path / "none", "a film")
+    assert "is neither a run (no adazeta.json) nor a model folder" in fails(capsys, "predict", tmp_path / "none", "a")
     assert "is not a run folder" in fails(capsys, "info", tmp_path / "none")
     run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     (run / "adapter_config.json").unlink()

@@ -11,6 +11,7 @@ import pytest
 from tiny_run import fails, main
 
 from adazeta import cli, options
+from adazeta.kinds import layers
 from adazeta.option import plain
 from adazeta.schedule import AdaptiveQueries
 
@@ -104,3 +105,10 @@ def test_help_needs_no_torch():
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'python'}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("given", ["top", "5-2", "", "1,,2", "-3", "1.5"])
+def test_blocks_that_are_none(given):
+    with pytest.raises(ValueError, match=f"expected middle, or blocks such as 0-5,29, got '{given}'"):
+        layers(given)
+    assert layers("0-2, 5") == layers([0, 1, 2, 5]) == [0, 1, 2, 5]

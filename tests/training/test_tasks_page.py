@@ -59,7 +59,7 @@ def run(capsys, command, *more):
 
 def test_the_commands_of_the_page_are_these():
     known = [("pip",), ("adazeta", "train"), ("adazeta", "predict"), ("adazeta", "eval"), ("adazeta", "templates")]
-    assert all(any(tuple(c[: len(k)]) == k for k in known) for c in COMMANDS) and len(COMMANDS) == 13
+    assert all(any(tuple(c[: len(k)]) == k for k in known) for c in COMMANDS) and len(COMMANDS) == 14
     for command in COMMANDS:
         if command[0] == "adazeta" and ">" not in command:
             cli.build_parser().parse_args(command[1:])  # ends the process where a flag is none
@@ -82,6 +82,14 @@ def test_three_commands(folder, capsys, monkeypatch):
     ]
     assert ordered[0] == ordered[1] and len(ordered[0].splitlines()) == 2
     assert err.count("1 of 3 prompts are longer than --max-tokens 256: their texts lose the end") == 1
+
+
+def test_a_head(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "minilm").symlink_to(folder / "masked")  # a folder of that name goes before what would be fetched
+    run(capsys, next(c for c in COMMANDS if "head" in c), *QUICK)
+    out, err = run(capsys, ["adazeta", "predict", "runs/head", "warm film", "--json"])
+    assert json.loads(out)["label"] == "positive"
 
 
 def test_a_template_of_several_columns(folder, capsys, monkeypatch):

@@ -154,6 +154,12 @@ def test_print_trainable_parameters(capsys):
     assert f"trainable params: {model.base_model.theta().numel():,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layers", [[], [3], [0, 5], -1, [0.5], ["0"]])
+def test_blocks_that_the_model_does_not_have(layers):
+    with pytest.raises(ValueError, match=r"indices of the model's 3 blocks, 0 to 2, got"):
+        tiny_adapted(layers=3, layers_to_transform=layers)
+
+
 def test_layers_to_transform_and_modules_to_save():
     model = tiny_adapted(layers_to_transform=[2], modules_to_save=["lm_head"])
     names = [name for name, _ in model.base_model.tt_layers("default")]

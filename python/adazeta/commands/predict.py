@@ -54,7 +54,7 @@ def _predict(arguments) -> int:
     if arguments.output is not None and given is None:
         raise UserError("--output writes the rows of --data with their answers: name a file with --data")
     if not all(text.strip() for text in arguments.text):
-        raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
+        raise UserError("a text to label is empty: give it in quotation marks, or '-' and one text a line")
     if arguments.output is not None:
         check_output(Path(arguments.output), arguments.overwrite)
     data = data_settings(arguments, [*DATA, MAX_NEW_TOKENS])

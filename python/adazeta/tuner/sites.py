@@ -115,14 +115,24 @@ def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mappi
     """Return the block indices that ``layers`` names; ``"middle"`` runs from a third of the depth to three quarters.
 
     Raises:
-        ValueError: another string, or a model whose configuration does not say how many blocks it has.
+        ValueError: no index, one that is not an integer, one beyond the last block, another string, or ``"middle"`` of
+            a model whose configuration does not say how many blocks it has.
     """
+    if layers is None:
+        return None
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # GPT-2, DistilBERT and T5 have their own
+    parts = [model_config, model_config.get("text_config") or {}]  # of models that also read images
+    number = next((part[name] for part in parts for name in names if part.get(name)), 0)
     if not isinstance(layers, str):
+        indices = [layers] if isinstance(layers, int) else list(layers)
+        most = max(number, model_config.get("num_decoder_layers") or 0)
+        wrong = [index for index in indices if not isinstance(index, int) or index < 0 or (most and index >= most)]
+        if wrong or not indices:
+            blocks = f"indices of the model's {most} blocks, 0 to {most - 1}" if most else "indices of blocks"
+            raise ValueError(f"layers_to_transform must be {blocks}, got {layers!r}")
         return layers
     if layers != "middle":
         raise ValueError(f"layers_to_transform must be indices of blocks or 'middle', got {layers!r}")
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # GPT-2, DistilBERT and T5 have their own
-    number = next((model_config[name] for name in names if model_config.get(name)), 0)
     if not number:
         raise ValueError("layers_to_transform='middle' needs a model configuration with num_hidden_layers")
     return list(range(number // 3, max(number // 3 + 1, 3 * number // 4)))
