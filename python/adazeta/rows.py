@@ -31,6 +31,7 @@ def read_rows(source: str | Path, split: str | None = None, *, say=lambda line: 
     Raises:
         UserError: no such source or split, a file that cannot be read, or a package that is missing.
     """
+    check_source(source)
     if str(source).startswith(HUB):
         yield from _hub_rows(str(source), split, say)
         return
@@ -38,18 +39,23 @@ def read_rows(source: str | Path, split: str | None = None, *, say=lambda line: 
     if path.is_dir():
         yield from _folder_rows(path, split)
         return
-    if not path.is_file():
-        raise UserError(f"no such data file: {path}; give {KINDS}")
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    readers[".parquet"] = _parquet_rows
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: unknown kind of data file {path.suffix!r}; give {KINDS}")
     try:
-        yield from readers[path.suffix.lower()](path)
+        yield from _READERS[path.suffix.lower()](path)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def check_source(source: str | Path) -> None:
+    """Raise UserError where ``source`` is no data by its name: at once, before a model is loaded for it."""
+    path = Path(source).expanduser()
+    if str(source).startswith(HUB) or path.is_dir():
+        return
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}; give {KINDS}")
+    if path.suffix.lower() not in _READERS:
+        raise UserError(f"{path}: unknown kind of data file {path.suffix!r}; give {KINDS}")
 
 
 def _csv_rows(path: Path) -> Rows:
@@ -87,6 +93,10 @@ def _parquet_rows(path: Path) -> Rows:
                 yield f"{path}, row {number}", row
     except pyarrow.lib.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file, or damaged: {_first_line(error)}") from error
+
+
+_READERS = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+_READERS |= {".jsonl": _json_rows, ".ndjson": _json_rows}
 
 
 def _datasets(what: str):

@@ -1,6 +1,8 @@
 """What goes wrong on the command line: one line that says what to do, and nothing is written."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,13 @@ def test_debug_shows_where_an_error_came_from():
 
     with pytest.raises(UserError):
         cli.main(["info", "nowhere", "--debug"])
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate", "eval smollm2", "predict smollm2"])
+def test_data_that_is_not_there_is_told_before_libraries_load(command):
+    code = (
+        "import sys; from adazeta.cli import main\n"
+        f"assert main({[*command.split(), '--data', 'none.csv']}) == 2 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "no such data file: none.csv; give a .csv" in done.stderr, done.stderr

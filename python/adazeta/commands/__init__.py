@@ -12,7 +12,7 @@ import os
 import sys
 
 from .. import hub_models
-from ..rows import HUB
+from ..rows import HUB, check_source
 
 INTERRUPTED, FAILED, DIFFERENT = 130, 2, 1  # exit statuses
 
@@ -38,6 +38,13 @@ def stay_offline(*sources: str | None) -> None:
     if not any(str(source).startswith(HUB) for source in sources) and "HF_HUB_OFFLINE" not in os.environ:
         os.environ["HF_HUB_OFFLINE"] = "1"
         hub_models.kept_offline = True
+
+
+def check_data(*sources: str | None) -> None:
+    """Raise UserError where a source of data is not there: before libraries and a model are loaded for it."""
+    for source in sources:
+        if source not in (None, "movies"):
+            check_source(source)
 
 
 def quiet() -> None:

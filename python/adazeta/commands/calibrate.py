@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..options import GROUPS, RUN, TRAIN, add_options, read_yaml, resolve
-from . import command, quiet, say, stay_offline
+from . import check_data, command, quiet, say, stay_offline
 
 FILE, PLOT = "calibration.json", "calibration.png"
 PRESET = [option for option in RUN if option.key == "preset"]
@@ -40,6 +40,7 @@ def _calibrate(arguments) -> int:
     from_file = {"eps": "auto", "lr": "auto", **read}
     preset = resolve(vars(arguments), PRESET, from_file=read)["preset"]
     settings = resolve(vars(arguments), TRAIN, preset=preset, from_file=from_file)
+    check_data(settings["data"], settings["dev_data"])
     stay_offline(settings["data"], settings["dev_data"])
 
     from ..auto import calibrate, check_measurable

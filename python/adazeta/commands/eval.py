@@ -10,7 +10,7 @@ from ..memory import freed_memory_kept
 from ..objective_options import MEASURED
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, SPLITTING, TASK
-from . import command, say, stay_offline
+from . import check_data, command, say, stay_offline
 from .opened import JOURNAL, NAME, data_settings, opened
 
 
@@ -29,6 +29,7 @@ def add(commands) -> None:
 
 
 def _eval(arguments) -> int:
+    check_data(vars(arguments).get("data"))
     from ..measures import measures_of
     from ..progress import progress_bar
 

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..objective_options import MAX_NEW_TOKENS
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, TASK
-from . import command, say, stay_offline
+from . import check_data, command, say, stay_offline
 from .opened import JOURNAL, NAME, data_settings, opened
 
 
@@ -60,6 +60,7 @@ def _predict(arguments) -> int:
     data = data_settings(arguments, [*DATA, MAX_NEW_TOKENS])
     size = resolve(vars(arguments), EVALUATION)["batch_size"]
     settings = {"batch_size": size, "max_new_tokens": data["max_new_tokens"], "say": say}
+    check_data(given)
     stay_offline(given)
     classifier = opened(arguments)
     fields = replace(fields_of(data, classifier.task), label=None, skip=())

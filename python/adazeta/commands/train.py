@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..options import ADAPTER, GROUPS, METHOD, MODEL, RUN, TRAIN, TRAINING, add_options, read_yaml, resolve
-from . import INTERRUPTED, command, quiet, say, stay_offline
+from . import INTERRUPTED, check_data, command, quiet, say, stay_offline
 
 DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": True}
 
@@ -78,6 +78,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     settings = on_all(lambda: resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored))
     if ranks is not None:
         ranks = on_all(lambda: _grid(settings["data_ranks"]))
+    on_all(lambda: check_data(settings["data"], settings["dev_data"]))
     stay_offline(settings["data"], settings["dev_data"])
 
     from ..auto import as_before
