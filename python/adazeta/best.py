@@ -7,14 +7,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .errors import UserError
+from .head_start import starts_fitted
 from .measures import Aim
 
 
 def best_metric(settings: Mapping[str, Any], aim: Aim, *, dev: bool, processes: int) -> str | None:
     """Return the key of the dev metric by which a run keeps its best evaluation; None: it keeps the last step.
 
+    A run whose head begins fitted keeps the best unasked, by the loss: with few examples that start is hard to better.
+
     Args:
-        settings: ``keep_best``, ``early_stopping`` and ``metric``.
+        settings: of the run.
         aim: of the run.
         dev: it has dev examples. ``processes``: that train it.
 
@@ -22,7 +25,7 @@ def best_metric(settings: Mapping[str, Any], aim: Aim, *, dev: bool, processes: 
         UserError: no such metric, nothing to measure it on, or several processes.
     """
     if not (settings["keep_best"] or settings["early_stopping"]):
-        return None
+        return "loss" if starts_fitted(settings) and dev and processes == 1 else None
     if processes > 1:
         raise UserError("--keep-best and --early-stopping are for one process")
     if not dev:

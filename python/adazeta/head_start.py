@@ -72,15 +72,18 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
     return min(losses)
 
 
+def starts_fitted(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings begins with a fitted head: unless they say otherwise, or it is private."""
+    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
+    wanted = settings["head_start"] or ("random" if private else "fitted")
+    return settings["task"] == HeadTask.kind and wanted == "fitted"
+
+
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:
-    """Fit the head of a new run, where it has one and ``settings`` do not say otherwise."""
+    """Fit the head of a new run, where :func:`starts_fitted` says so."""
     if settings["head_start"] and classifier.task.kind != HeadTask.kind:
         say(f"--head-start is for --task head: of no effect on {classifier.task.kind}")
-    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    if (
-        classifier.task.kind != HeadTask.kind
-        or (settings["head_start"] or ("random" if private else "fitted")) == "random"
-    ):
+    if not starts_fitted(settings):
         return
     with progress_bar(min(len(examples), MOST_ROWS), "fit head", "rows") as bar:
         loss = fit_head(classifier, examples, batch_size=settings["eval_batch_size"], progress=bar.update)

@@ -174,7 +174,7 @@ TRAINING = [
         "keep-best",
         str,
         "end with the adapter of the evaluation that was best by this dev metric: loss, accuracy, ...",
-        shown="off: that of the last step; with --early-stopping: loss",
+        shown="off: that of the last step; with --early-stopping or a fitted head: loss",
     ),
     Option("early-stopping", positive, "stop after so many evaluations without a better one", shown="off"),
     Option("save-every", positive, "steps between checkpoints", shown="a tenth of the steps"),

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from adazeta import TTConfig
 from adazeta.data import Example
 from adazeta.errors import UserError
-from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head
+from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head, starts_fitted
 from adazeta.heads import MeanPooled, head_modules
 from adazeta.tasks import HeadTask
 
@@ -113,9 +113,17 @@ def test_too_few_examples_leave_it_alone(capsys):
 )
 def test_when_it_is_fitted(settings, fitted):
     it, said = classifier("mean"), []
-    settings = {"head_start": None, "dp_noise": None, "dp_epsilon": None, "eval_batch_size": 8, **settings}
+    settings = {
+        "task": "head",
+        "head_start": None,
+        "dp_noise": None,
+        "dp_epsilon": None,
+        "eval_batch_size": 8,
+        **settings,
+    }
     start_head(it, examples(), settings, said.append)
-    assert len(said) == fitted
+    assert len(said) == fitted == starts_fitted(settings)
+    assert not starts_fitted({**settings, "task": "label-words"})
 
 
 def test_a_head_without_a_last_linear_layer():
