@@ -74,9 +74,10 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
 
 def starts_fitted(settings: Mapping[str, Any]) -> bool:
     """Whether a run of these settings begins with a fitted head: unless they say otherwise, or it is private."""
+    if settings["task"] != HeadTask.kind:
+        return False
     private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    wanted = settings["head_start"] or ("random" if private else "fitted")
-    return settings["task"] == HeadTask.kind and wanted == "fitted"
+    return (settings["head_start"] or ("random" if private else "fitted")) == "fitted"
 
 
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:

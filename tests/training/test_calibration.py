@@ -205,9 +205,11 @@ def test_the_settings_file_of_a_run_and_data_of_the_hub(world, capsys, monkeypat
     monkeypatch.setattr("adazeta.prepare.load_data", load_data)
     path = world / "run.yaml"
     path.write_text(f"output: {world / 'mine'}\npreset: paper\nmodel: {world / 'base'}\ndata: hub:some/films\n")
+    films = world / "films.csv"
+    films.write_text("text,label\n")
     assert "seen" in fails(capsys, "calibrate", "--config", path)
     assert (seen["act"], seen["eps"], seen["offline"]) == ("relu", "auto", None)
-    assert "seen" in fails(capsys, "calibrate", "--config", path, "--preset", "default", "--data", "films.csv")
+    assert "seen" in fails(capsys, "calibrate", "--config", path, "--preset", "default", "--data", films)
     assert (seen["act"], seen["offline"]) == ("identity", "1")
 
 

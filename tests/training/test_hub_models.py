@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 from tiny_run import write_data, write_model
 
+from adazeta import hub_models
 from adazeta.base_models import model_folder
 from adazeta.errors import UserError
 from adazeta.hub_models import hub_folder
@@ -95,6 +96,7 @@ def here(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_models, "kept_offline", False)  # a command in this process may have set it
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return hub
 

@@ -153,10 +153,15 @@ def test_what_does_not_fit_is_one_line(folder, capsys, kind, more, message):
 
 def test_the_metric_that_decides_which_evaluation_is_best():
     settings = {"keep_best": "exact-match", "early_stopping": None, "metric": ["f1", "exact-match"]}
+    settings |= {"task": "completion", "head_start": None, "dp_epsilon": None, "dp_noise": None}
     assert best_metric(settings, Aim("loss"), dev=True, processes=1) == "exact_match"  # its key in metrics.jsonl
     only_stops = {**settings, "keep_best": None, "early_stopping": 2}
     assert best_metric(only_stops, Aim("loss"), dev=True, processes=1) == "loss"
     assert best_metric({**only_stops, "early_stopping": None}, Aim("loss"), dev=False, processes=2) is None
+    head = {**only_stops, "early_stopping": None, "task": "head"}  # which begins fitted
+    assert best_metric(head, Aim("loss"), dev=True, processes=1) == "loss"
+    assert best_metric({**head, "head_start": "random"}, Aim("loss"), dev=True, processes=1) is None
+    assert best_metric(head, Aim("loss"), dev=False, processes=1) is None
     for wrong, message in (({"dev": False}, "need dev examples"), ({"processes": 2}, "for one process")):
         with pytest.raises(UserError, match=message):
             best_metric(settings, Aim("loss"), **{"dev": True, "processes": 1, **wrong})
