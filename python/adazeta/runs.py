@@ -118,10 +118,10 @@ def card_for(name: str, journal: str | None = None) -> dict:
 
     Of a base model only its name is known; a journal's base model is the run's or ``name`` itself.
     """
-    folder = Path(name)
-    if folder.is_dir() and not is_run(folder) and not (folder / "config.json").is_file():
+    run, folder = is_run(name), Path(name)
+    if folder.is_dir() and not run and not (folder / "config.json").is_file():
         raise UserError(f"{name} is neither a run (no {CARD}) nor a model folder (no config.json)")
-    card = read_card(name) if is_run(name) else {"base_model": str(name)}
+    card = read_card(name) if run else {"base_model": str(name)}
     if journal is None:
         return card
     from adazeta.journal import read

@@ -167,9 +167,7 @@ class _StoredReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _name_of(self, value: torch.Tensor) -> str | None:
-        if (
-            value.layout is not torch.strided
-        ):  # a packed frozen layer's: it has no address, and no parameter here is one
+        if value.layout is not torch.strided:  # a packed frozen layer's: without an address, and none of ours
             return None
         place = bisect_right(self._spans, (value.data_ptr(), float("inf"))) - 1
         return self._spans[place][2] if place >= 0 and value.data_ptr() < self._spans[place][1] else None
