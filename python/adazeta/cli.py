@@ -87,5 +87,5 @@ def close_bars() -> None:
         bars = list(getattr(tqdm, "_instances", []))
         for bar in bars:
             bar.close()
-        if len(bars) > 1:  # one inside another leaves the cursor on the outer one's line
+        if len(bars) > 1 and sys.stderr.isatty():  # one inside another leaves the cursor on the outer one's line
             print(file=sys.stderr)

@@ -20,18 +20,35 @@ from adazeta.runs import read_metrics
 SMOOTHING = 20  # train losses averaged in the bar
 
 
+class _Lines:
+    """A stream that is a file or a pipe, on which what a bar draws over its last state becomes a line of its own."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        if line := text.strip():  # a bar that leaves draws blanks over itself
+            self._stream.write(f"{line}\n")
+
+
 def progress_bar(total: int, label: str, unit: str, *, leave: bool = True) -> tqdm:
-    """Return a tqdm bar on stderr; redrawn rarely where stderr is not a terminal."""
+    """Return a tqdm bar on stderr; where that is not a terminal, a line each ten seconds."""
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=label,
         unit=unit,
         leave=leave,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        mininterval=0.1 if terminal else 10.0,
         bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} "
         "[{elapsed}, {remaining} left{postfix}]",
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        position=None if terminal else 0,  # no moving between the lines of two bars
+        delay=0 if terminal or leave else 10,
     )
 
 
