@@ -101,7 +101,7 @@ def load_splits(
         labels: labels that may occur; None takes all.
         same_classes: labels of ``dev_source`` must occur in ``source``.
         split, dev_split: parts of ``source`` and ``dev_source``, where they have several.
-        dev_source: dev examples; without it a tenth of ``source``, at most 500, is held out.
+        dev_source: dev examples, sorted like the others; without it a tenth of ``source``, at most 500, is held out.
         shots: train on so many examples of each class, and hold out as many for dev, as :func:`take_shots` draws them.
         say: told what is being fetched, and how many rows are left out.
 
@@ -120,6 +120,8 @@ def load_splits(
     if dev_source:
         known = sorted({e.label for e in splits["train"]}) if same_classes else labels
         dev = read_examples(dev_source, fields, labels=known, split=dev_split, say=say)
+        # A file may be sorted by its labels, and evaluations may take the first examples only.
+        dev.sort(key=lambda example: _place(example, SPLIT_SEED, fields.answers))
         keys = {_key(example, fields.answers) for example in dev}
         train = [example for example in splits["train"] if _key(example, fields.answers) not in keys]
         if not train:

@@ -270,6 +270,8 @@ def train(
             f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "
             f"file, and measure them by `adazeta eval {output} --data FILE`"
         )
+    if settings["dev_data"] and len(splits["dev"]) > settings["eval_limit"]:
+        say(f"{settings['dev_data']}: {settings['eval_limit']} of {len(splits['dev']):,} rows are dev (--eval-limit)")
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
     aim = together(ranks, lambda: aim_of(settings), "objective")
     if aim.is_metric:

@@ -151,10 +151,22 @@ def test_load_splits_of_files(tmp_path):
     alone = load_splits(str(path), labels="ab")
     assert (len(alone["train"]), len(alone["dev"]), alone["test"]) == (45, 5, [])
     both = load_splits(str(path), dev_source=str(dev), labels="ab")
-    assert both["dev"] == examples(5)
+    assert sorted(both["dev"], key=lambda e: e.text) == sorted(examples(5), key=lambda e: e.text)
     assert not {e.text for e in both["train"]} & {e.text for e in both["dev"]}
     with pytest.raises(UserError, match="every text of"):
         load_splits(str(dev), dev_source=str(path), labels="ab")
+
+
+def test_the_first_dev_examples_are_of_all_classes(tmp_path):
+    """Of a file that is sorted by its labels too: evaluations of a run may take the first ones only."""
+    path, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    path.write_text("".join(json.dumps(vars(e)) + "\n" for e in examples(50)))
+    rows = [{"text": f"dev {number}", "label": "ab"[number >= 300]} for number in range(600)]
+    dev.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = load_splits(str(path), dev_source=str(dev), labels="ab")["dev"][:100]
+    assert 30 <= sum(e.label == "a" for e in first) <= 70
+    dev.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    assert load_splits(str(path), dev_source=str(dev), labels="ab")["dev"][:100] == first
 
 
 def test_movies_need_their_labels():

@@ -121,11 +121,12 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
 def test_a_fitted_head_is_where_the_run_begins(models, data, tmp_path, capsys):
     run, dev = tmp_path / "run", data / "labels-dev.jsonl"
     files = ("--model", models / "encoder", "--data", data / "labels.jsonl", "--dev-data", dev, "--output", run)
-    given = (*files, *SMALL, *SETTLED, "--lr", 0.01)
+    given = (*files, *SMALL, *SETTLED, "--lr", 0.01, "--eval-limit", 20)
     code, out, err = main(capsys, "train", *given, "--dp-noise", 1, "--head-start", "fitted")
     assert code == 2 and "--head-start fitted looks at the data without noise" in err and not run.exists()
     code, out, err = main(capsys, "train", *given)
     assert code == 0 and "head begins as logistic regression on the frozen model's features: loss 0." in err, err
+    assert f"labels-dev.jsonl: 20 of {len(dev.read_text().splitlines())} rows are dev (--eval-limit)" in err
     dev = json.loads((run / "summary.json").read_text())["dev"]
     assert dev["after"]["loss"] <= dev["before"]["loss"] < 0.4  # log 2 is a guess
     assert "where loss on dev was best" in err
