@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batches import along, host, onto
+from .continuation import continuation
 from .probe_tokens import CopiedPrompts, focused, last_real_token
 from .scoring import (
     aligned,
@@ -112,7 +113,7 @@ class _Words(_Scored):
 
     def __init__(self, tokenizer, words: Sequence[str]):
         self.words = list(words)
-        tokens = [tokenizer.encode(word, add_special_tokens=False) for word in self.words]
+        tokens = [continuation(tokenizer, word) for word in self.words]
         if len(self.words) < 2:
             raise ValueError(f"expected at least two label words, got {self.words}")
         for word, ids in zip(self.words, tokens):

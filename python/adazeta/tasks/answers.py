@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from adazeta.continuation import continuation
 from adazeta.errors import UserError
 from adazeta.tasks.prompts import check_template
 
@@ -12,7 +13,7 @@ from adazeta.tasks.prompts import check_template
 def answer_tokens(tokenizer, template: str, answer: str) -> list[int]:
     """Return the tokens of an answer as it follows the template: with a space before it unless one is there."""
     space = "" if not template or template[-1].isspace() else " "
-    return tokenizer.encode(space + answer, add_special_tokens=False)
+    return continuation(tokenizer, space + answer)
 
 
 @dataclass(frozen=True)
