@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import UserError
+from .positions import most_positions
 from .scoring import kind_of, language_model, tt_model_of
 
 
@@ -31,6 +33,7 @@ def generate_answers(
         use_cache: keep keys and values of the tokens so far; without it every token costs a forward of all before it.
 
     Raises:
+        UserError: prompt and answer are longer than the model has positions for.
         ValueError: a masked language model, fewer than one token, a prompt without tokens, or adapters with
             ``positions="last"`` where that is no answer's last token: in an encoder, or without a cache.
     """
@@ -48,6 +51,11 @@ def generate_answers(
             "positions='all'"
         )
     ids, mask = prompts_of(model, batch)
+    if kind == "causal" and (most := most_positions(inner)) and ids.shape[1] + max_new_tokens > most:
+        raise UserError(
+            f"a prompt of {ids.shape[1]} tokens and an answer of at most {max_new_tokens} are longer than the model's "
+            f"{most} positions: shorten prompts (--max-tokens) or answers (--max-new-tokens)"
+        )
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     out = inner.generate(

@@ -161,6 +161,11 @@ class LabelWords(_Words):
 
     kind, role = "causal", "the next token of a causal language model"
 
+    @property
+    def tokens_behind(self) -> int:
+        """Tokens that scoring puts behind a prompt."""
+        return max(map(len, self.tokens)) if self.rows_per_example > 1 else 0
+
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
         self._check(model)

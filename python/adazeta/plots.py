@@ -84,7 +84,7 @@ def draw_curves(
     accuracy_axes.set_ylabel("accuracy")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     with replacing(path) as target:
         figure.savefig(target, format="png")
 
@@ -161,7 +161,9 @@ def figure_of(records: Sequence[Record]):
         for index, record in enumerate(records)
     ]
     legend = {"loc": "outside upper center", "ncols": min(4, len(handles)), "frameon": False, "title_fontsize": 9}
-    figure.legend(handles=handles, title="thin: training, averaged where it is noisy; marks: dev", **legend)
+    names = figure.legend(handles=handles, title="thin: training, averaged where it is noisy; marks: dev", **legend)
+    for text in names.get_texts():
+        text.set_parse_math(False)  # a folder may be called $x
     return figure
 
 

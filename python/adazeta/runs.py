@@ -194,8 +194,28 @@ class Classifier:
             raise UserError(f"task {self.task.kind}: {error}") from error
 
     def encode(self, examples: Sequence, say: Say = lambda line: None):
-        """Return the examples as rows of tokens, encoded once; ``say`` is told of texts that lose their end."""
-        return self.task.encode(self.tokenizer, examples, seq2seq=self.model.config.is_encoder_decoder, say=say)
+        """Return the examples as rows of tokens, encoded once; ``say`` is told of texts that lose their end.
+
+        Prompts are cut to ``task.max_tokens``, or to what the model has positions for, with the answers behind them.
+        """
+        from adazeta.data import row_tokens
+        from adazeta.positions import most_positions
+
+        task, most, seq2seq = self.task, most_positions(self.model), self.model.config.is_encoder_decoder
+        behind = getattr(self.loss(), "tokens_behind", 0) if most is not None else 0
+        while True:
+            told: list[str] = []
+            rows = task.encode(self.tokenizer, examples, seq2seq=seq2seq, say=told.append)
+            longest = max(map(row_tokens, rows)) + behind
+            if most is None or longest <= most:
+                break
+            task = replace(task, max_tokens=min(task.max_tokens, longest) - (longest - most))
+        if task is not self.task:
+            instead = f"--max-tokens is {task.max_tokens} instead of {self.task.max_tokens}"
+            told = [f"the model has {most} positions: {instead}; {'; '.join(told)}"]
+        for line in told:
+            say(line)
+        return rows
 
     def evaluate(
         self,

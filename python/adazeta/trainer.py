@@ -289,6 +289,8 @@ class ZOTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         loss = getattr(self.loss, "stands_for", None) or self.loss
         with self.compute_loss_context_manager():
+            if inputs.get("labels") is None and hasattr(loss, "scores"):  # predict() on data without answers
+                return None, None if prediction_loss_only else loss.scores(model, inputs), None
             if not hasattr(loss, "scores") and not hasattr(loss, "judge"):
                 return loss(model, inputs).mean(), None, None
             losses, scores, labels = judge(loss, model, inputs)

@@ -111,6 +111,14 @@ def test_a_page_needs_nothing_else(tmp_path):
     assert (tmp_path / "again.html").read_text() == page
 
 
+def test_names_are_no_formulas(tmp_path):
+    draw_runs([record("lr$x^$", OLD), record("new", NEW)], tmp_path / "plot.png")
+    draw_curves(OLD, tmp_path / "curves.png", title="runs/lr$x^$")
+    write_page([record("lr$x^$", OLD)], tmp_path / "plot.html")
+    assert "lr$x^$" in (tmp_path / "plot.html").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000 < (tmp_path / "curves.png").stat().st_size
+
+
 def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"kind": "tra')

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from adazeta import cli
 from adazeta.base_models import architecture
+from adazeta.data import Example
 from adazeta.errors import UserError
+from adazeta.tasks.head import HeadTask
 
 SMALL = ("--steps", 20, "--batch-size", 8, "--eps", 0.02, "--queries", 8, "--rank", 2, "--bottleneck", 8, "--layers", 1)
 SETTLED = ("--positions", "all", "--directions", 2, "--threads", 1, "--dtype", "float32", "--eval-every", 20)
@@ -116,6 +118,15 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
     assert code == 0 and "bit for bit" in out, err
     code, out, err = main(capsys, "info", run)
     assert code == 0 and kind in out
+
+
+def test_an_end_token_in_a_text_is_named(models):
+    """A head of an encoder-decoder reads the state at the last one, and transformers wants as many in every row."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "seq2seq")
+    examples = [Example(text, label) for text, label in (("fine<eos>", "a"), ("a <eos> good film<eos>", "b"))]
+    with pytest.raises(UserError, match="'a <eos> good film<eos>' holds <eos>, by which the head"):
+        HeadTask(("a", "b")).encode(tokenizer, examples, seq2seq=True)
+    assert len(HeadTask(("a", "b")).encode(tokenizer, examples, seq2seq=False)) == 2
 
 
 def test_a_fitted_head_is_where_the_run_begins(models, data, tmp_path, capsys):

@@ -285,3 +285,12 @@ def test_batches_stay_on_the_cpu_until_a_step_moves_them(tmp_path):
     assert made.get_train_dataloader().device is None
     moved = made._prepare_inputs({"input_ids": torch.ones(1, 2, dtype=torch.int64), "texts": ["a"]})
     assert moved["input_ids"].device == made.args.device and moved["texts"] == ["a"]
+
+
+def test_predict_takes_data_without_answers(tmp_path):
+    run = trainer(tmp_path, max_steps=1, loss=LABEL_WORDS)
+    rows = [{**row, "labels": torch.tensor(index % 2)} for index, row in enumerate(dataset(4))]
+    with_answers = run.predict(rows)
+    alone = run.predict([{name: value for name, value in row.items() if name != "labels"} for row in rows])
+    assert (alone.predictions == with_answers.predictions).all() and alone.predictions.shape == (4, 2)
+    assert alone.label_ids is None and "test_loss" not in alone.metrics

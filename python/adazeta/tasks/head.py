@@ -51,8 +51,18 @@ class HeadTask:
         """Tokenise all texts, once.
 
         Raises:
-            UserError: no examples, or an unknown label.
+            UserError: no examples, an unknown label, or a text that holds the token by which a head of an
+                encoder-decoder finds its end.
         """
         labels = class_indices(examples, self.labels)
         contents = [example.content for example in examples]
-        return Prompts(encode_prompts(tokenizer, self.template, contents, self.max_tokens, say=say), labels)
+        rows = encode_prompts(tokenizer, self.template, contents, self.max_tokens, say=say)
+        if seq2seq:
+            ends = [ids.count(tokenizer.eos_token_id) for ids in rows]
+            for content, count in zip(contents, ends):
+                if count > min(ends):
+                    raise UserError(
+                        f"{str(content)[:40]!r} holds {tokenizer.eos_token}, by which the head of this model finds the "
+                        "end of a text: leave it out"
+                    )
+        return Prompts(rows, labels)
