@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import multimode
 
 SIDES = {"published_ms": ("published", ":", "x"), "ours_ms": ("ours", "-", "o"), "floor_ms": ("floor", "--", ".")}
 
@@ -10,7 +11,7 @@ def draw_step_cost(records: Sequence[Mapping], path: str | Path) -> None:
     """Write three panels to a PNG file; in each all but one quantity is fixed, at the value most records share.
 
     Args:
-        records: `extra_info` of `bench_step`; only those with the fewest threads are drawn.
+        records: `extra_info` of `bench_step`; those with the number of threads that most of them have are drawn.
         path: the PNG file; its folder is made.
     """
     import matplotlib
@@ -18,8 +19,8 @@ def draw_step_cost(records: Sequence[Mapping], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    fewest = min(record["threads"] for record in records)
-    records = [record for record in records if record["threads"] == fewest]
+    threads = multimode(record["threads"] for record in records)[0]
+    records = [record for record in records if record["threads"] == threads]
     figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
@@ -43,7 +44,7 @@ def draw_step_cost(records: Sequence[Mapping], path: str | Path) -> None:
         lambda r: r["dtype"],
     )
     left.set_ylabel("milliseconds per step")
-    figure.suptitle(f"Published-style step, ours, and 2 Q frozen forwards ({records[0]['device']}, threads: {fewest})")
+    figure.suptitle(f"Published-style step, ours, and 2 Q frozen forwards ({records[0]['device']}, threads: {threads})")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
@@ -57,8 +58,12 @@ def _panel(axes, records, label: str, x: Callable, fixed: Callable, series: Call
         values.setdefault(fixed(record), set()).add((series(record), x(record)))
     chosen = max(values, key=lambda value: len(values[value]))
     shown = sorted((record for record in records if fixed(record) == chosen), key=x)
-    for index, name in enumerate(sorted({series(record) for record in shown})):
-        points = [record for record in shown if series(record) == name]
+    names = sorted({series(record) for record in shown})
+    lines = {name: [record for record in shown if series(record) == name] for name in names}
+    if any(len(points) > 2 for points in lines.values()):  # one or two points say little of a trend
+        lines = {name: points for name, points in lines.items() if len(points) > 2}
+        shown = [record for points in lines.values() for record in points]
+    for index, (name, points) in enumerate(lines.items()):
         for key, (side, style, marker) in SIDES.items():
             axes.plot(
                 [x(record) for record in points],
