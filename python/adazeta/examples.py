@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def _value(row: Mapping[str, Any], column: str, where: str):
     found: Any = row
     for part in column.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            known = ", ".join(str(name) for name in row if name is not None)
+            known = ", ".join(map(str, row))
             raise UserError(
                 f"{where}: no column {column!r}, found {known or 'none'}: name the columns with --text-column, "
                 "--label-column, --columns and, for multiple choice, --choices-column"
@@ -134,6 +135,9 @@ def _value(row: Mapping[str, Any], column: str, where: str):
 
 
 def _text(value) -> str:
+    """Return a cell as text; an empty one makes numbers of a column floats, and is NaN there."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
     return "" if value is None else str(value).strip()
 
 
