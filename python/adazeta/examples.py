@@ -18,7 +18,7 @@ class Example:
 
     Args:
         text: what the example asks; of several columns their values with tabs between them.
-        label: the class, the answer, or of multiple choice the right candidate or its number from 0.
+        label: the class, the answer, or of multiple choice the right candidate, or its number from 0 if none reads so.
         choices: the candidates of multiple choice.
         columns: ``(name in the template, value)`` of each column where there are several.
         references: all right answers where there are several; ``label`` is the first.
@@ -164,6 +164,8 @@ def example_of(row: Mapping, where: str, fields: Fields, labels: Sequence[str] |
             return None
         if choices and listed:
             label, choices = _right_choice(references, choices, where)
+        elif choices:
+            label = _candidate(value, label, choices, where)
         label = _class(label, fields.label_names)
         if not label and not fields.answers:
             raise UserError(f"{where}: the label is empty: fill it in or remove the row")
@@ -194,6 +196,19 @@ def _choices(values: list, where: str) -> tuple[str, ...]:
     if not all(choices) or len(set(choices)) < len(choices):
         raise UserError(f"{where}: candidates must be different and not empty, got {list(choices)}")
     return choices
+
+
+def _candidate(value, label: str, choices: tuple[str, ...], where: str) -> str:
+    """Return the label of a choice, a candidate in place of a number that is the text of another one."""
+    if label not in choices or not label.isdecimal() or int(label) >= len(choices):
+        return label
+    meant = choices[int(label)]
+    if isinstance(value, str) and label != meant:
+        raise UserError(
+            f"{where}: label {label!r} is a candidate, and also the number from 0 of another, {meant!r}: in a .jsonl "
+            f'write {label} for the number, or ["{label}"] for the text'
+        )
+    return meant
 
 
 def _right_choice(references: Iterable[str], choices: tuple[str, ...], where: str) -> tuple[str, tuple[str, ...]]:
