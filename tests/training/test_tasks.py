@@ -11,7 +11,7 @@ from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.examples import Fields, example_of, read_examples
 from adazeta.runs import Classifier
-from adazeta.tasks import ChoiceTask, LabelWordTask, from_dict, to_dict
+from adazeta.tasks import ChoiceTask, CompletionTask, LabelWordTask, from_dict, to_dict
 from adazeta.tasks.choice import right_choice
 
 
@@ -103,6 +103,14 @@ def test_a_number_of_a_candidate_has_decimal_digits():
     assert right_choice(Example("a film", "1", ("no", "yes"))) == 1
     with pytest.raises(UserError, match="label '²' of 'a film' is neither"):
         right_choice(Example("a film", "²", ("no", "yes", "maybe")))
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_one_right_answer_is_a_text_and_several_a_list(tokenizer, seq2seq):
+    rows = [{"text": "who?", "label": label} for label in ("me", ["me"], ["me", "you"], "")]
+    examples = [example_of(row, "line 1", Fields(answers=True)) for row in rows]
+    encoded = CompletionTask().encode(tokenizer, examples, seq2seq=seq2seq)
+    assert [row["references"] for row in encoded] == ["me", "me", ["me", "you"], ""]
 
 
 @pytest.mark.parametrize("label, right", [(1, 1), (1.0, 1), (0, 0), (2, 2), (4, 0), ("4", 0), (["1"], 2)])
