@@ -68,7 +68,7 @@ def test_settings_without_effect_from_flags_and_from_a_file(world, capsys, tmp_p
 
 @pytest.mark.parametrize("given", [("--dp-clip", 1, "--dp-delta", 1e-6), ("--dp-clip", 0.5), ("--dp-delta", 1e-5)])
 def test_details_of_a_private_run_that_is_none(world, capsys, tmp_path, given):
-    files = ("--model", world / "base", "--data", world / "data.jsonl", "--output", tmp_path / "run")
+    files = ("--model", world / "base", "--data", world / "data.jsonl", "--output", tmp_path / "run", "--steps", 1)
     message = f"{given[0]} alone makes no private training: add --dp-epsilon or --dp-noise, or leave {given[0]} out"
     assert message in fails(capsys, "train", *files, *given)
     (tmp_path / "run.yaml").write_text(f"{given[0][2:]}: {given[1]}\n")
