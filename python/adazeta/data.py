@@ -195,7 +195,7 @@ class Prompts(Sequence):
         input_ids: tokens of each example, or of each of its candidates.
         labels: a class index each, or for completions the tokens that are scored.
         targets: the tokens that are scored of each candidate.
-        references: the right answers of each example, as text.
+        references: the right answer of each example, as text, or a list where there are several.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Prompts(Sequence):
         input_ids: Sequence[Sequence],
         labels: Sequence,
         targets: Sequence[Sequence] | None = None,
-        references: Sequence[Sequence[str]] | None = None,
+        references: Sequence[str | Sequence[str]] | None = None,
     ):
         if len(input_ids) != len(labels):
             raise ValueError(f"expected one label per prompt, got {len(input_ids)} prompts and {len(labels)} labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ class Example:
 
     Args:
         text: what the example asks; of several columns their values with tabs between them.
-        label: the class, the answer, or of multiple choice the right candidate or its number from 0.
+        label: the class, the answer, or of multiple choice the right candidate, or its number from 0 if none reads so.
         choices: the candidates of multiple choice.
         columns: ``(name in the template, value)`` of each column where there are several.
         references: all right answers where there are several; ``label`` is the first.
@@ -124,7 +125,7 @@ def _value(row: Mapping[str, Any], column: str, where: str):
     found: Any = row
     for part in column.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            known = ", ".join(str(name) for name in row if name is not None)
+            known = ", ".join(map(str, row))
             raise UserError(
                 f"{where}: no column {column!r}, found {known or 'none'}: name the columns with --text-column, "
                 "--label-column, --columns and, for multiple choice, --choices-column"
@@ -134,6 +135,9 @@ def _value(row: Mapping[str, Any], column: str, where: str):
 
 
 def _text(value) -> str:
+    """Return a cell as text; an empty one makes numbers of a column floats, and is NaN there."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
     return "" if value is None else str(value).strip()
 
 
@@ -160,6 +164,8 @@ def example_of(row: Mapping, where: str, fields: Fields, labels: Sequence[str] |
             return None
         if choices and listed:
             label, choices = _right_choice(references, choices, where)
+        elif choices:
+            label = _candidate(value, label, choices, where)
         label = _class(label, fields.label_names)
         if not label and not fields.answers:
             raise UserError(f"{where}: the label is empty: fill it in or remove the row")
@@ -190,6 +196,19 @@ def _choices(values: list, where: str) -> tuple[str, ...]:
     if not all(choices) or len(set(choices)) < len(choices):
         raise UserError(f"{where}: candidates must be different and not empty, got {list(choices)}")
     return choices
+
+
+def _candidate(value, label: str, choices: tuple[str, ...], where: str) -> str:
+    """Return the label of a choice, a candidate in place of a number that is the text of another one."""
+    if label not in choices or not label.isdecimal() or int(label) >= len(choices):
+        return label
+    meant = choices[int(label)]
+    if isinstance(value, str) and label != meant:
+        raise UserError(
+            f"{where}: label {label!r} is a candidate, and also the number from 0 of another, {meant!r}: in a .jsonl "
+            f'write {label} for the number, or ["{label}"] for the text'
+        )
+    return meant
 
 
 def _right_choice(references: Iterable[str], choices: tuple[str, ...], where: str) -> tuple[str, tuple[str, ...]]:

@@ -82,8 +82,6 @@ def starts_fitted(settings: Mapping[str, Any]) -> bool:
 
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:
     """Fit the head of a new run, where :func:`starts_fitted` says so."""
-    if settings["head_start"] and classifier.task.kind != HeadTask.kind:
-        say(f"--head-start is for --task head: of no effect on {classifier.task.kind}")
     if not starts_fitted(settings):
         return
     with progress_bar(min(len(examples), MOST_ROWS), "fit head", "rows") as bar:

@@ -41,6 +41,16 @@ def escaped(value: str) -> str:
     return str(value).replace("\\n", "\n").replace("\\t", "\t")
 
 
+def _text(value) -> str:
+    """Return a label, a word or a name as text; ValueError for what YAML has made of a word without quotation marks."""
+    if value is None or isinstance(value, bool):
+        raise ValueError(
+            f"expected text, got {value}: YAML reads Yes, No, On, Off, True, False and null as values; put quotation "
+            'marks around such a word, as in "Yes"'
+        )
+    return str(value)
+
+
 def mapping(value) -> dict[str, str]:
     """Read ``name=value,name=value`` (or a mapping)."""
     if not isinstance(value, Mapping):
@@ -48,7 +58,7 @@ def mapping(value) -> dict[str, str]:
         if not all(separator for _, separator, _ in parts):
             raise ValueError(f"expected name=value,name=value, got {value!r}")
         value = {name: word for name, _, word in parts}
-    return {str(name).strip(): str(word).strip() for name, word in value.items()}
+    return {_text(name).strip(): _text(word).strip() for name, word in value.items()}
 
 
 def label_words(value) -> dict[str, str]:
@@ -58,7 +68,8 @@ def label_words(value) -> dict[str, str]:
         if not all(separator for _, separator, _ in parts):
             raise ValueError(f"expected label=word,label=word, got {value!r}")
         value = {label.strip(): word for label, _, word in parts}
-    return {str(label): f" {word}" if not str(word).startswith(" ") else str(word) for label, word in value.items()}
+    words = {_text(label): _text(word) for label, word in value.items()}
+    return {label: word if word.startswith(" ") else f" {word}" for label, word in words.items()}
 
 
 def queries(value) -> ConstantQueries | AdaptiveQueries:
@@ -87,7 +98,9 @@ def names(value) -> str | list[str]:
 
 def listed(value) -> list[str]:
     """Read values separated by commas."""
-    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",")]
+    if isinstance(value, (list, tuple)):
+        return [_text(v) for v in value]
+    return [v.strip() for v in _text(value).split(",")]
 
 
 #: What logs can be sent to, and the packages any of which it takes.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from adazeta.kinds import metrics, objective, positive
 from adazeta.option import Option
 
-MAX_NEW_TOKENS = Option("max-new-tokens", positive, "most tokens of an answer that is generated", 32)
+MAX_NEW_TOKENS = Option(
+    "max-new-tokens", positive, "most tokens of an answer that is generated", 32, tasks=("completion",)
+)
 MEASURED = [
     Option(
         "metric",

@@ -23,6 +23,7 @@ class Option:
         goes_to: ``tt.field``, ``zo.field`` or ``train.field`` (TTConfig, ZOConfig, TrainingArguments), or empty.
         shown: how the default reads in the help, where the value alone would not do.
         choices: the values that are allowed.
+        tasks: the kinds of task that read it; empty: every kind does.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Option:
     goes_to: str = ""
     shown: str = ""
     choices: tuple = ()
+    tasks: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,18 @@ def template_settings(*sources: Mapping[str, Any] | None) -> dict[str, Any]:
     from adazeta.tasks.templates import entry
 
     return entry(name)
+
+
+def given_in(*sources: Mapping[str, Any] | None) -> set[str]:
+    """Return the keys that flags and files give a value."""
+    return {key for source in sources for key, value in (source or {}).items() if value is not None}
+
+
+def note_unread(given: Collection[str], task: str, say) -> None:
+    """Tell which of the settings that were given a kind of task does not read."""
+    for option in TRAIN:
+        if option.key in given and option.tasks and task not in option.tasks:
+            say(f"--{option.name} has no effect on task {task}")
 
 
 def section(name: str, values: Mapping[str, Any], preset: str) -> dict[str, Any]:

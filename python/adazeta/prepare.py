@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from adazeta.base_models import architecture, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.examples import Example, fields_of
-from adazeta.options import section
+from adazeta.options import note_unread, section
 from adazeta.presets import PRESETS
 from adazeta.runs import Classifier, card_of
 from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
@@ -20,19 +20,26 @@ TRIED = (*FROZEN, "eps", "lr")  # settings that may be `auto`: what a trial on t
 _ANY = ("0", "1")  # labels of a head before those of the data are known
 
 
-def settle(settings: Mapping[str, Any], say=lambda line: None) -> dict[str, Any]:
+def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings with ``task`` and ``positions`` as the base model allows.
 
+    Of settings that were ``given``, by a flag or in a file, those that the task does not read are told.
+
     Raises:
-        UserError: no such model, or no such device.
+        UserError: no such model, no such device, or details of a private run that is none.
     """
     from adazeta.devices import chosen_device
 
+    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
+    if not private and (details := [key for key in ("dp_clip", "dp_delta") if key in given]):
+        flag = f"--{details[0].replace('_', '-')}"
+        raise UserError(f"{flag} alone makes no private training: add --dp-epsilon or --dp-noise, or leave {flag} out")
     chosen_device(settings["device"])
     kind = architecture(model_folder(settings["model"], say))
     settings = dict(settings)
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
+    note_unread(given, task.kind, say)
     if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
         say(f"adapters act on all positions: task {settings['task']} on the {kind} model does not score the last alone")
         settings["positions"] = "all"

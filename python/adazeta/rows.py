@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ HUB = "hub:"
 KINDS = "a .csv, .tsv, .jsonl or .parquet file, a folder that `datasets` saved, hub:OWNER/NAME or 'movies'"
 _LOADED = "pip install 'adazeta-kernels[data]'"
 Rows = Iterable[tuple[str, dict]]
+_LONGEST = 2**31 - 1  # letters of a cell
+_QUOTED = re.compile('"(?:[^"]|"")*"')
 
 
 def read_rows(source: str | Path, split: str | None = None, *, say=lambda line: None) -> Iterator[tuple[str, dict]]:
@@ -41,7 +45,7 @@ def read_rows(source: str | Path, split: str | None = None, *, say=lambda line: 
         return
     try:
         yield from _READERS[path.suffix.lower()](path)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -60,9 +64,50 @@ def check_source(source: str | Path) -> None:
 
 def _csv_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", {name: row[name] for name in row if row[name] is not None}
+        yield from _named(path, _csv_cells(path, stream), "put text with commas in quotation marks")
+
+
+def _csv_cells(path: Path, stream: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # one for the whole process: it is only raised
+    reader, last = csv.reader(stream, strict=True), 0  # strict: else a lone quotation mark swallows what follows
+    try:
+        for cells in reader:
+            yield (last := reader.line_num), cells
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {last + 1}: not CSV ({error}): a cell with quotation marks stands in quotation marks, and "
+            "its own are doubled"
+        ) from error
+
+
+def _tsv_rows(path: Path) -> Rows:
+    """Yield a row a line: many files of this kind quote nothing, and a text may begin with a quotation mark.
+
+    A cell that is quoted from end to end, as spreadsheets and ``adazeta predict`` write it, is unquoted all the same.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(stream, 1))
+        rows = ((number, [_unquoted(cell) for cell in line.split("\t")]) for number, line in lines if line)
+        yield from _named(path, rows, "in a .tsv a row is a line, and no cell holds a tab", full=True)
+
+
+def _named(path: Path, rows: Iterator[tuple[int, list[str]]], advice: str, *, full: bool = False) -> Rows:
+    """Yield numbered rows of cells by the names in the first; where they are ``full``, none may have fewer cells."""
+    rows = (row for row in rows if row[1])
+    _, header = next(rows, (0, []))
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path}: more than one column is named {repeated[0]!r}: rename or remove all but one")
+    for number, cells in rows:
+        where = f"{path}, line {number}"
+        if len(cells) > len(header) or full and len(cells) < len(header):
+            what = "more" if len(cells) > len(header) else "fewer"
+            counts = f"{len(cells)} for {len(header)}"
+            raise UserError(f"{where}: {what} cells than the header has columns, {counts}: {advice}")
+        yield where, dict(zip(header, cells))
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
 
 
 def _json_rows(path: Path) -> Rows:
@@ -95,7 +140,7 @@ def _parquet_rows(path: Path) -> Rows:
         raise UserError(f"{path} is not a Parquet file, or damaged: {_first_line(error)}") from error
 
 
-_READERS = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+_READERS = {".csv": _csv_rows, ".tsv": _tsv_rows, ".parquet": _parquet_rows}
 _READERS |= {".jsonl": _json_rows, ".ndjson": _json_rows}
 
 

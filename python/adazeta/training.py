@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -239,6 +239,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     test: bool = False,
+    given: Collection[str] = (),
     say=lambda line: None,
     ranks=None,
 ) -> dict | None:
@@ -253,6 +254,7 @@ def train(
         resume: go on with an interrupted run.
         overwrite: an earlier run at ``output`` may be replaced, once this one is whole.
         test: evaluate on the test split before and after, and measure peak memory; a file has no such split.
+        given: names of the settings that a flag or a file gave; those without effect are told.
         say: told what happens.
 
     Raises:
@@ -262,7 +264,7 @@ def train(
     from adazeta.best import best_metric
     from adazeta.distributed import together
 
-    splits, settings = together(ranks, lambda: load_data(settle(settings, say), say), "data")
+    splits, settings = together(ranks, lambda: load_data(settle(settings, say, given), say), "data")
     processes = ranks.size if ranks is not None else 1
     settings = settle_privacy(settings, preset, len(splits["train"]), say, processes)
     if test and not splits["test"]:
@@ -385,9 +387,7 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
     return summary
 
 
-def _evaluate(
-    classifier: Classifier, examples: Sequence, measures: Measures, label: str, settings: Mapping[str, Any]
-) -> dict:
+def _evaluate(classifier: Classifier, examples: Sequence, measures: Measures, label: str, settings: Mapping) -> dict:
     from adazeta.progress import progress_bar
 
     with progress_bar(len(examples), label, "rows") as bar:

@@ -53,6 +53,15 @@ def test_columns_can_be_named_and_labels_may_be_numbers(tmp_path):
         ("x.jsonl", "[1]\n", "line 1: expected an object"),
         ("x.txt", "a\tgood\n", "unknown kind of data file '.txt'"),
         ("x.csv", b"text,label\n\xff\xfe,good\n", "save it as UTF-8"),
+        ("x.csv", "text,label\na\nb, c,good\n", "line 2: no column 'label'"),
+        ("x.csv", "text,label\nwell, a film,good\n", "line 2: more cells than the header has columns, 3 for 2: put"),
+        ("x.csv", "label,text\ngood,well, a film\n", "line 2: more cells than the header has columns, 3 for 2: put"),
+        ("x.csv", 'text,label\na,good\n"b,bad\nc,bad\n', r"line 3: not CSV \(unexpected end of data\): a cell with"),
+        ("x.csv", 'text,label\n"a" film,good\n', r"line 2: not CSV \(',' expected after"),
+        ("x.csv", "text,label,text\na,good,b\n", "x.csv: more than one column is named 'text': rename or remove"),
+        ("x.tsv", "text\tlabel\tlabel\na\tgood\tbad\n", "x.tsv: more than one column is named 'label'"),
+        ("x.tsv", "text\tlabel\na\tfilm\tgood\n", "line 2: more cells than the header has columns, 3 for 2: in a .tsv"),
+        ("x.tsv", 'label\ttext\ngood\t"a\nfilm"\n', "line 3: fewer cells than the header has columns, 1 for 2: in a"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, name, content, message):
@@ -61,6 +70,36 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_examples(path, labels=["good", "bad"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_of_a_tsv_may_begin_with_a_quotation_mark(tmp_path):
+    path = tmp_path / "x.tsv"
+    texts = ['"Good film', 'so "bad', '"Good" and "bad"', '"', "well, no", '"all of it"']
+    path.write_text("text\tlabel\r\n" + "".join(f"{text}\tgood\r\n" for text in texts), newline="")
+    found = [example.text for example in read_examples(path)]
+    assert found == [*texts[:-1], "all of it"]  # what is quoted from end to end is unquoted, as spreadsheets write it
+
+
+@pytest.mark.parametrize("name, separator", [("x.csv", ","), ("x.tsv", "\t")])
+def test_a_text_may_be_long(tmp_path, name, separator):
+    text = "a film " * 40_000
+    (tmp_path / name).write_text(f"text{separator}label\n{text}{separator}good\n")
+    assert read_examples(tmp_path / name) == [Example(text.strip(), "good")]
+
+
+def test_numbers_with_gaps_are_integers_and_empty_cells(tmp_path):
+    """pandas holds such a column as floats; NaN is its empty cell."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": 1.0}\n{"text": 7.0, "label": -1.0}\n{"text": 0.5, "label": 0.25}\n')
+    assert read_examples(path) == [Example("a", "1"), Example("7", "-1"), Example("0.5", "0.25")]
+    for row, message in (
+        ('{"text": "a", "label": NaN}', "line 1: the label is empty"),
+        ('{"text": NaN, "label": 1}', "line 1: the text is empty"),
+        ('{"text": "a", "label": null}', "line 1: the label is empty"),
+    ):
+        path.write_text(row)
+        with pytest.raises(UserError, match=message):
+            read_examples(path)
 
 
 def test_missing_file():

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from adazeta import cli, options
 from adazeta.errors import UserError
-from adazeta.prepare import load_data
+from adazeta.prepare import load_data, settle
 from adazeta.runs import open_partial
 
 
@@ -25,6 +25,55 @@ def test_a_class_of_one_example_is_noted(tmp_path):
     _, settings = load_data(settings, told.append)
     assert settings["labels"] == ["bad", "fine", "good"]
     assert told == ["note: one example only of 'fine': is that a class?"]
+
+
+HEAD = ("labels", "pooling", "head_start")
+CHOICE = ("choices_column", "blank", "normalize")
+
+
+@pytest.mark.parametrize(
+    "task, idle",
+    [
+        ("label-words", (*HEAD, *CHOICE, "max_new_tokens")),
+        ("head", ("label_words", *CHOICE, "max_new_tokens")),
+        ("choice", ("label_words", "label_names", *HEAD, "max_new_tokens")),
+        ("completion", ("label_words", "label_names", *HEAD, *CHOICE)),
+    ],
+)
+def test_settings_that_a_task_does_not_read_are_noted(world, task, idle):
+    flags = {"label_words": "a=a,b=b", "label_names": "a,b", "labels": "a,b", "pooling": "mean", "normalize": "false"}
+    flags |= {"head_start": "random", "choices_column": "a,b", "blank": "_", "max_new_tokens": "8", "skip_labels": "c"}
+    settings = options.resolve({"model": str(world / "base"), "task": task, "positions": "all", **flags}, options.TRAIN)
+    told = []
+    settle(settings, told.append, given=flags)
+    names = {f"--{name.replace('_', '-')}" for name in idle}
+    assert set(told) == {f"{name} has no effect on task {task}" for name in names} and len(told) == len(names)
+    told.clear()
+    settle(settings, told.append)  # values that nobody asked for, of a template or of a run that is resumed
+    assert told == []
+
+
+def test_settings_without_effect_from_flags_and_from_a_file(world, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("pooling: own\nlabels:\n")  # the default, which was asked for, and nothing
+    files = ("--model", world / "base", "--data", world / "data.jsonl")
+    more = ("--no-normalize", "--config", tmp_path / "run.yaml", "--output", tmp_path / "run", "--text-column", "none")
+    for command in ("train", "calibrate"):
+        assert cli.main([str(word) for word in (command, *files, *more)]) == 2  # for want of the column, and after that
+        err = capsys.readouterr().err
+        assert "--pooling has no effect on task label-words\n" in err
+        assert "--normalize has no effect on task label-words\n" in err and err.count("has no effect") == 2
+    assert cli.main(["eval", str(world / "base"), *map(str, files[2:]), "--blank", "_", "--limit", "2"]) == 0
+    assert "--blank has no effect on task label-words\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [("--dp-clip", 1, "--dp-delta", 1e-6), ("--dp-clip", 0.5), ("--dp-delta", 1e-5)])
+def test_details_of_a_private_run_that_is_none(world, capsys, tmp_path, given):
+    files = ("--model", world / "base", "--data", world / "data.jsonl", "--output", tmp_path / "run", "--steps", 1)
+    message = f"{given[0]} alone makes no private training: add --dp-epsilon or --dp-noise, or leave {given[0]} out"
+    assert message in fails(capsys, "train", *files, *given)
+    (tmp_path / "run.yaml").write_text(f"{given[0][2:]}: {given[1]}\n")
+    assert message in fails(capsys, "train", *files, "--config", tmp_path / "run.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ SMALL = (*ADAPTER, *STEPS, "--threads", 1, "--dtype", "float32", "--gemm", "plai
 SCORE = '''
 def letters(prompt, completion, reference):
     """The share of letters in the first four characters that are said, if the prompt and the reference are there."""
-    assert " no " in prompt and reference[0] in ("yes", "no!")
+    assert " no " in prompt and reference in ("yes", "no!")
     return sum(c.isascii() and c.isalpha() for c in completion[:4]) / 4
 
 

@@ -56,6 +56,16 @@ def test_a_run_from_a_file_alone(world, capsys, tmp_path):
         ("preset: best\n", "key preset: expected one of default, paper"),
         ("- steps\n", "expected 'key: value' lines, got list"),
         ("steps: [\n", "is not YAML"),
+        (
+            "label-words: {positive: Yes, negative: No}\n",
+            "key label-words: expected text, got True: YAML reads Yes, No",
+        ),
+        ("label-words: {yes: good, no: bad}\n", "key label-words: expected text, got True: YAML reads Yes, No"),
+        ("labels: [off, on]\n", "key labels: expected text, got False: YAML reads Yes, No"),
+        ("labels: no\n", "key labels: expected text, got False: YAML reads Yes, No"),
+        ("label-names: [good, null]\n", "key label-names: expected text, got None: YAML reads Yes, No"),
+        ("skip-labels: [no]\n", "key skip-labels: expected text, got False: YAML reads Yes, No"),
+        ("columns: {text: yes}\n", "key columns: expected text, got True: YAML reads Yes, No"),
     ],
 )
 def test_bad_yaml(tmp_path, content, message, capsys):
@@ -63,6 +73,19 @@ def test_bad_yaml(tmp_path, content, message, capsys):
     path.write_text(content)
     assert message in fails(capsys, "train", "--config", path)
     assert "cannot read the settings file" in fails(capsys, "train", "--config", tmp_path / "none.yaml")
+
+
+def test_words_in_quotation_marks_and_settings_that_are_truth_values(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        'label-words: {positive: "Yes", negative: \'No\'}\nlabels: ["yes", "no"]\nlabel-names: [0, 1]\n'
+        "bias: off\nnormalize: no\noverwrite: yes\ngroup-by-length: false\ntest: true\n"
+    )
+    values = options.read_yaml(str(path), [*options.RUN, *options.TRAIN])
+    assert values["label_words"] == {"positive": " Yes", "negative": " No"}
+    assert (values["labels"], values["label_names"]) == (["yes", "no"], ["0", "1"])
+    assert [values[name] for name in ("bias", "normalize", "group_by_length")] == [False] * 3
+    assert values["overwrite"] is values["test"] is True
 
 
 def test_every_option_goes_to_a_field_that_exists():

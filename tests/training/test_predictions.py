@@ -61,6 +61,7 @@ def test_wrong_turns_leave_earlier_answers(world, capsys, rows, tmp_path):
     assert "has a column 'prediction' already" in fails(capsys, *command, "--overwrite")
     rows.write_text("text,x\na film,1,2\n")
     assert "line 2: more cells than" in fails(capsys, *command, "--overwrite")
+    assert "line 2: more cells than" in fails(capsys, *command[:4])
     rows.write_text("words\na film\n")
     assert "no column 'text', found words" in fails(capsys, *command, "--overwrite")
     assert (tmp_path / "out.csv").read_text() == "earlier"

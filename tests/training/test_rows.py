@@ -37,6 +37,16 @@ def test_a_parquet_file(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_labels_of_a_parquet_file_with_gaps(tmp_path):
+    path = tmp_path / "x.parquet"
+    datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0.0, float("nan"), 1.0]}).to_parquet(path)
+    with pytest.raises(UserError, match="row 2: the label is empty: fill it in or remove the row"):
+        read_examples(path)
+    found = read_examples(path, Fields(skip=("",)))  # --skip-labels= leaves them out
+    assert [example.label for example in found] == ["0", "1"]
+    assert read_examples(path, Fields(label_names=("bad", "good"), skip=("",)))[1].label == "good"
+
+
 def test_a_folder_of_datasets(tmp_path):
     dataset().save_to_disk(str(tmp_path / "one"))
     assert read_examples(tmp_path / "one") == read_examples(tmp_path / "one", split="train") == NAMED

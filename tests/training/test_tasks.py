@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from adazeta.data import Example
 from adazeta.errors import UserError
+from adazeta.examples import Fields, example_of, read_examples
 from adazeta.runs import Classifier
-from adazeta.tasks import ChoiceTask, LabelWordTask, from_dict, to_dict
+from adazeta.tasks import ChoiceTask, CompletionTask, LabelWordTask, from_dict, to_dict
 from adazeta.tasks.choice import right_choice
 
 
@@ -102,6 +103,32 @@ def test_a_number_of_a_candidate_has_decimal_digits():
     assert right_choice(Example("a film", "1", ("no", "yes"))) == 1
     with pytest.raises(UserError, match="label '²' of 'a film' is neither"):
         right_choice(Example("a film", "²", ("no", "yes", "maybe")))
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_one_right_answer_is_a_text_and_several_a_list(tokenizer, seq2seq):
+    rows = [{"text": "who?", "label": label} for label in ("me", ["me"], ["me", "you"], "")]
+    examples = [example_of(row, "line 1", Fields(answers=True)) for row in rows]
+    encoded = CompletionTask().encode(tokenizer, examples, seq2seq=seq2seq)
+    assert [row["references"] for row in encoded] == ["me", "me", ["me", "you"], ""]
+
+
+@pytest.mark.parametrize("label, right", [(1, 1), (1.0, 1), (0, 0), (2, 2), (4, 0), ("4", 0), (["1"], 2)])
+def test_a_number_among_candidates_that_are_numbers(label, right):
+    """A number is that of a candidate first; a list holds the text of right ones."""
+    row = {"text": "2+2=", "choices": ["4", "2", "1", "0"], "label": label}
+    example = example_of(row, "line 1", Fields(choices=("choices",)))
+    assert (example.choices, right_choice(example)) == (("4", "2", "1", "0"), right)
+
+
+def test_text_that_is_a_candidate_and_the_number_of_another(tmp_path):
+    path, fields = tmp_path / "x.csv", Fields(choices=("choices",))
+    path.write_text("text,choices,label\n1+0=,0|1,1\n2+2=,4|2|1|0,4\n2+2=,4|2|1|0,1\n")
+    message = "x.csv, line 4: label '1' is a candidate, and also the number from 0 of another, '2': in a .jsonl write 1"
+    with pytest.raises(UserError, match=message):
+        read_examples(path, fields)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # where both mean the same, or one is none
+    assert [right_choice(example) for example in read_examples(path, fields)] == [1, 0]
 
 
 def test_what_stands_for_a_missing_word_in_encoder_decoders(tokenizer):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
-from ..options import GROUPS, RUN, TRAIN, add_options, read_yaml, resolve
+from ..options import GROUPS, RUN, TRAIN, add_options, given_in, read_yaml, resolve
 from . import check_data, command, quiet, say, stay_offline
 
 FILE, PLOT = "calibration.json", "calibration.png"
@@ -52,7 +52,7 @@ def _calibrate(arguments) -> int:
 
     check_measurable(settings)
     quiet()
-    splits, settings = load_data(settle(settings, say), say)
+    splits, settings = load_data(settle(settings, say, given_in(vars(arguments), read)), say)
     settings = settle_machine(settings, preset, say)
     classifier = new_classifier(settings, preset, say)
     start_head(classifier, splits["train"], settings, say)

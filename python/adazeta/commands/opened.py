@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..options import MODEL, resolve, template_settings
+from ..options import MODEL, note_unread, resolve, template_settings
 from ..options_data import TASK
 from . import quiet, say
 
@@ -36,7 +36,9 @@ def opened(arguments):
         torch.set_num_threads(values["threads"])
     dtype = None if values["dtype"] == "auto" else values["dtype"]
     stored = {"dtype": dtype, "quantize": values["quantize"], "device": values["device"]}
-    return Classifier.open(arguments.name, task=task, **stored, journal=arguments.journal, say=say)
+    classifier = Classifier.open(arguments.name, task=task, **stored, journal=arguments.journal, say=say)
+    note_unread(flags, classifier.task.kind, say)
+    return classifier
 
 
 def data_settings(arguments, options: list) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..options import ADAPTER, GROUPS, METHOD, MODEL, RUN, TRAIN, TRAINING, add_options, read_yaml, resolve
+from ..options import ADAPTER, GROUPS, METHOD, MODEL, RUN, TRAIN, TRAINING, add_options, given_in, read_yaml, resolve
 from . import INTERRUPTED, check_data, command, quiet, say, stay_offline
 
 DEMO = {"output": "runs/demo", "preset": "default", "overwrite": True, "test": True}
@@ -94,6 +94,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
             resume=resume,
             overwrite=run["overwrite"],
             test=run["test"],
+            given=given_in(flags, from_file),
             say=say if first else lambda line: None,
             ranks=ranks,
         )

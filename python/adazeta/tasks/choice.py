@@ -56,7 +56,9 @@ class ChoiceTask(AnswerTask):
 
 
 def right_choice(example: Example) -> int:
-    """Return the number of the candidate that the label names, by its text or by its number from 0.
+    """Return the number of the candidate that the label names, by its text, or its number from 0 if none reads so.
+
+    What a number in a row means is decided where rows are read (:func:`adazeta.examples.example_of`).
 
     Raises:
         UserError: fewer than two candidates, or none of that name.

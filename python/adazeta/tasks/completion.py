@@ -34,7 +34,7 @@ class CompletionTask(AnswerTask):
         prompts = encode_prompts(tokenizer, self.template, [e.content for e in examples], self.max_tokens, say=say)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         answers = [answer_tokens(tokenizer, "" if seq2seq else self.template, e.label) + end for e in examples]
-        references = [list(e.references) or [e.label] for e in examples]
+        references = [list(e.references) or e.label for e in examples]  # a list only where several answers are right
         if seq2seq:
             return Prompts(prompts, answers, references=references)
         rows = [(prompt + answer, [-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
