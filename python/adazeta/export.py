@@ -257,9 +257,12 @@ def _check_mergeable(model, updates: dict[str, LinearUpdate], layers: dict[str, 
 
 def _without_adapters(model) -> nn.Module:
     """Return the base model, with whole trained modules (heads) in their places and without adapters."""
-    for module in model.modules():
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             module.original_module.load_state_dict(module.modules_to_save["default"].state_dict())
+            parent, _, child = name.rpartition(".")  # PEFT's `unload` puts back single layers alone
+            setattr(base.get_submodule(parent), child, module.original_module)
     return model.base_model.unload()
 
 

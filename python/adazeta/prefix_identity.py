@@ -109,7 +109,9 @@ class Watch:
 
 
 def _above(name: str, blocks: str, first: int) -> bool:
-    """Whether a module is block ``first`` or one behind it, or inside of one."""
+    """Whether a module is block ``first`` or one behind it, or the pooler behind all, or inside of one."""
+    if name.partition(".")[0] == "pooler":
+        return True
     return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
 
 
