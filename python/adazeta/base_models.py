@@ -173,7 +173,8 @@ def load_base(
                 encoder, found = AutoModel.from_pretrained(folder, **keywords)
                 model, begin = MeanPooled(encoder, len(task.labels)), ["pooler"]  # which nothing reads
             elif with_head:
-                keywords["num_labels"] = len(task.labels)
+                labels = dict(enumerate(task.labels))
+                keywords |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
                 model, found = AutoModelForSequenceClassification.from_pretrained(folder, **keywords)
                 begin = [*head_modules(model), *filter(None, [pooler_name(model)])]
             else:

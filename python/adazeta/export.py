@@ -226,13 +226,14 @@ def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], 
         exported = _with_lora(base, updates, model.peft_config["default"])
     else:
         exported = _merged(base, updates)
-    found = _outputs(exported)
+        for parameter in exported.parameters():  # alone: buffers are made anew, not rounded, where the model is loaded
+            parameter.data = parameter.to(getattr(torch, dtype))
+    found = _outputs(exported)  # of what is written: rounded
     say(
         f"largest difference to the run's own outputs on random tokens: {float((found - wanted).abs().max()):.1e} "
         f"(outputs up to {float(wanted.abs().max()):.1f})"
     )
     if to == "merged":
-        exported = exported.to(getattr(torch, dtype))
         classifier.tokenizer.save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes biases for parts of sharded weights

@@ -150,7 +150,7 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
         "threads": torch.get_num_threads(),
         "precision": precision(device),
     }
-    for name in ("_name_or_path", "transformers_version"):
+    for name in ("_name_or_path", "transformers_version", "id2label", "label2id"):
         about["config"].pop(name, None)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in tensors.items():
