@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,6 +92,28 @@ def told_in_one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
+def _check_weights(name: str, found: Mapping[str, Iterable], begin: Sequence[str]) -> set[str]:
+    """Return the names of a loaded model's weights that began at random, all of them in the modules ``begin``.
+
+    Args:
+        name: of the model.
+        found: what ``from_pretrained`` tells with ``output_loading_info``.
+        begin: modules that a checkpoint may lack, or have in another shape.
+
+    Raises:
+        UserError: others began so: the checkpoint is damaged or of another model.
+    """
+    faults = {key: "is missing" for key in found["missing_keys"]}
+    faults |= {key: f"is {list(got)}, expected {list(wanted)}" for key, got, wanted in found["mismatched_keys"]}
+    wrong = sorted(key for key in faults if not key.startswith(tuple(f"{module}." for module in begin)))
+    if wrong:
+        some = "; ".join(f"{key} {faults[key]}" for key in wrong[:3]) + "; ..." * (len(wrong) > 3)
+        raise UserError(
+            f"{name}: config.json and {len(wrong)} of its weights do not agree ({some}): get the model again"
+        )
+    return set(faults)
+
+
 def load_base(
     name: str,
     *,
@@ -104,14 +126,15 @@ def load_base(
     """Load base model and tokenizer from a folder, frozen and in evaluation mode; ``auto`` is a GPU where there is one.
 
     ``dtype`` is a floating dtype of torch, or ``mixed``: float32 with linear layers in bfloat16. With a
-    :class:`adazeta.tasks.HeadTask` the model gets a classification head, whose parameters alone require gradients; a
-    new one has the same numbers at every call. Any other task takes the checkpoint's language-model head.
+    :class:`adazeta.tasks.HeadTask` the model gets a classification head, whose parameters alone require gradients,
+    beside those of a pooler that the checkpoint lacks; new ones have the same numbers at every call. Any other task
+    takes the checkpoint's language-model head.
 
     ``quantize`` is one of ``adazeta.quantized.METHODS``; a folder that was saved quantised needs none: it stays so.
 
     Raises:
-        UserError: not a model folder, one that needs code or packages of its own, weights that cannot be read, or
-            weights that are not finite.
+        UserError: not a model folder, one that needs code or packages of its own, or weights that cannot be read, are
+            not there, have another shape or are not finite.
     """
     import torch
     from transformers import (
@@ -125,7 +148,7 @@ def load_base(
 
     from adazeta.devices import chosen_device
     from adazeta.frozen import mix
-    from adazeta.heads import MeanPooled, head_modules
+    from adazeta.heads import MeanPooled, head_modules, pooler_name
     from adazeta.quantized import all_finite, quantization_config
 
     folder, place = model_folder(name, say), chosen_device(device)
@@ -139,6 +162,7 @@ def load_base(
     if with_head and stored != torch.float32:
         raise UserError(f"a head that trains needs float32 numbers: use --dtype float32 or mixed, got {dtype}")
     keywords = {"dtype": stored, "local_files_only": True, "trust_remote_code": False}
+    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are for _check_weights
     if quantize is not None:
         keywords["quantization_config"] = quantization_config(quantize)
     wanted = "with a classification head" if with_head else "as a language model"
@@ -146,13 +170,18 @@ def load_base(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             if with_head and task.pooling == "mean":
-                model = MeanPooled(AutoModel.from_pretrained(folder, **keywords), len(task.labels))
+                encoder, found = AutoModel.from_pretrained(folder, **keywords)
+                model, begin = MeanPooled(encoder, len(task.labels)), ["pooler"]  # which nothing reads
             elif with_head:
-                keywords |= {"num_labels": len(task.labels), "ignore_mismatched_sizes": True}
-                model = AutoModelForSequenceClassification.from_pretrained(folder, **keywords)
+                labels = dict(enumerate(task.labels))
+                keywords |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+                model, found = AutoModelForSequenceClassification.from_pretrained(folder, **keywords)
+                begin = [*head_modules(model), *filter(None, [pooler_name(model)])]
             else:
-                model = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
+                model, found = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
+                begin = []
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    new = _check_weights(name, found, begin)
     for parameter_name, parameter in model.named_parameters():
         if not all_finite(parameter):
             raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")
@@ -161,6 +190,9 @@ def load_base(
     model.requires_grad_(False).eval()
     if with_head:
         model.config.pad_token_id = tokenizer.pad_token_id  # heads of causal models look for the last real token
+        pooler = pooler_name(model)
+        if any(key.startswith(f"{pooler}.") for key in new):  # what trains is saved with the adapter
+            model.get_submodule(pooler).requires_grad_(True)
         for module in head_modules(model):
             model.get_submodule(module).requires_grad_(True)
     if dtype == "mixed":

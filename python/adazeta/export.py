@@ -226,13 +226,14 @@ def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], 
         exported = _with_lora(base, updates, model.peft_config["default"])
     else:
         exported = _merged(base, updates)
-    found = _outputs(exported)
+        for parameter in exported.parameters():  # alone: buffers are made anew, not rounded, where the model is loaded
+            parameter.data = parameter.to(getattr(torch, dtype))
+    found = _outputs(exported)  # of what is written: rounded
     say(
         f"largest difference to the run's own outputs on random tokens: {float((found - wanted).abs().max()):.1e} "
         f"(outputs up to {float(wanted.abs().max()):.1f})"
     )
     if to == "merged":
-        exported = exported.to(getattr(torch, dtype))
         classifier.tokenizer.save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes biases for parts of sharded weights
@@ -257,9 +258,12 @@ def _check_mergeable(model, updates: dict[str, LinearUpdate], layers: dict[str, 
 
 def _without_adapters(model) -> nn.Module:
     """Return the base model, with whole trained modules (heads) in their places and without adapters."""
-    for module in model.modules():
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             module.original_module.load_state_dict(module.modules_to_save["default"].state_dict())
+            parent, _, child = name.rpartition(".")  # PEFT's `unload` puts back single layers alone
+            setattr(base.get_submodule(parent), child, module.original_module)
     return model.base_model.unload()
 
 

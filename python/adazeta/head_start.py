@@ -140,7 +140,7 @@ def _last_layer(model: nn.Module, classes: int) -> nn.Linear:
     found = [
         layer
         for name in head_modules(inner)
-        for layer in getattr(inner, name).modules()
+        for layer in inner.get_submodule(name).modules()
         if isinstance(layer, nn.Linear) and layer.out_features == classes and layer.weight.requires_grad
     ]
     if not found:

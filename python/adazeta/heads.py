@@ -30,9 +30,21 @@ class MeanPooled(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(mean))
 
 
+def pooler_name(model: nn.Module) -> str | None:
+    """Return the name of the module in a model's trunk through which its head reads, as BERT's does; None without one.
+
+    A checkpoint of a language model lacks it, as it lacks the head.
+    """
+    trunk = getattr(model, "base_model_prefix", "")  # MeanPooled has none, and reads no pooler
+    pooler = getattr(getattr(model, trunk, None), "pooler", None)
+    return None if pooler is None else f"{trunk}.pooler"
+
+
 def head_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules beside the trunk of a classification model: its head."""
+    """Return the names of a classification model's head's modules: those beside the trunk, and a pooler that trains."""
     trunk = "encoder" if isinstance(model, MeanPooled) else model.base_model_prefix
-    return [
+    pooler = pooler_name(model)
+    trains = pooler is not None and any(p.requires_grad for p in model.get_submodule(pooler).parameters())
+    return [pooler] * trains + [
         name for name, module in model.named_children() if name != trunk and next(module.parameters(), None) is not None
     ]

@@ -231,7 +231,10 @@ class Prefix:
         above = range(self.first, len(self.blocks))
         handle = self.blocks[self.first - 1].register_forward_hook(look)
         try:
-            with self._stand_ins(above, catch):
+            with ExitStack() as stack:
+                stack.enter_context(self._stand_ins(above, catch))
+                if (pooler := getattr(self.backbone, "pooler", None)) is not None:  # one that trains takes probes' rows
+                    stack.enter_context(forward_of(pooler, lambda original, hidden: hidden))
                 forward(**inputs, **self._no_cache)
         finally:
             handle.remove()

@@ -109,7 +109,9 @@ class Watch:
 
 
 def _above(name: str, blocks: str, first: int) -> bool:
-    """Whether a module is block ``first`` or one behind it, or inside of one."""
+    """Whether a module is block ``first`` or one behind it, or the pooler behind all, or inside of one."""
+    if name.partition(".")[0] == "pooler":
+        return True
     return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
 
 
@@ -148,7 +150,7 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
         "threads": torch.get_num_threads(),
         "precision": precision(device),
     }
-    for name in ("_name_or_path", "transformers_version"):
+    for name in ("_name_or_path", "transformers_version", "id2label", "label2id"):
         about["config"].pop(name, None)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in tensors.items():

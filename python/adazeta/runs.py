@@ -85,22 +85,29 @@ def read_card(folder: str | Path) -> dict:
 def attach_adapter(model, folder: str | Path):
     """Return ``model`` with the trained adapter of a run or PEFT folder, frozen and in evaluation mode.
 
+    The folder may come from anywhere: no module is made before its settings ask for what is stored, and no more.
+
     Raises:
-        UserError: not an adapter folder, or one that is damaged or belongs to another model.
+        UserError: not an adapter folder, or one that is damaged, of another method or belongs to another model.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    import adazeta.tuner  # noqa: F401  registers the method with PEFT
+    from adazeta.stored_adapter import check_settings, check_shapes
+    from adazeta.tuner import TTConfig
+    from adazeta.tuner.places import saved_shapes
 
     folder = Path(folder)
-    path = folder / ADAPTER
-    if not (folder / "adapter_config.json").is_file() or not path.is_file():
+    path, about = folder / ADAPTER, folder / "adapter_config.json"
+    if not about.is_file() or not path.is_file():
         raise UserError(f"{folder} is not an adapter folder (no adapter_config.json and {ADAPTER})")
+    check_settings(read_json(about), about)
     try:
         with safe_open(path, framework="pt") as stored:
             saved = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        config = TTConfig.from_pretrained(str(folder))
+        check_shapes(saved, saved_shapes(model, config))
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
     except (SafetensorError, OSError, EOFError) as error:
         raise UserError(f"{path} is damaged or cut off: rebuild it with `adazeta replay {folder} --write`") from error
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # wrong kinds of settings too

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from adazeta.errors import UserError
-from adazeta.export import export, factors_of, linear_update, read_low_rank
+from adazeta.export import _outputs, export, factors_of, linear_update, read_low_rank
 from adazeta.runs import Classifier
 from adazeta.tasks import HeadTask, LabelWordTask, to_dict
 from adazeta_kernels import tt_linear
@@ -102,9 +102,12 @@ def test_a_merged_model_needs_no_adapter(tmp_path, model_type, config):
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode(" positive")
     assert str(tmp_path) not in (tmp_path / "merged" / "config.json").read_text()
-    export(run, tmp_path / "merged", "merged", dtype="bfloat16", overwrite=True, say=print)
-    rounded = auto.from_pretrained(tmp_path / "merged")
+    notes = []
+    export(run, tmp_path / "merged", "merged", dtype="bfloat16", overwrite=True, say=notes.append)
+    rounded = auto.from_pretrained(tmp_path / "merged").eval()
     assert rounded.dtype == torch.bfloat16
+    said = float(re.search(r"random tokens: (\S+) ", notes[-1])[1])
+    assert said == pytest.approx(float((_outputs(rounded) - _outputs(model)).abs().max()), rel=0.06) and said > 1e-3
     assert all((p - q).abs().max() <= 0.004 * q.abs().max() for p, q in zip(rounded.parameters(), merged.parameters()))
 
 
@@ -149,7 +152,9 @@ def test_a_head_that_was_trained_along_is_exported(tmp_path):
     for to in ("lora", "merged", "low-rank"):
         export(run, tmp_path / to, to, say=print)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
-    same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval(), model, base, batch)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    same(merged, model, base, batch)
+    assert (merged.config.id2label, merged.config.label2id) == ({0: "a", 1: "b"}, {"a": 0, "b": 1})
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     same(PeftModel.from_pretrained(base, tmp_path / "lora").eval(), model, plain, batch)
     assert json.loads((tmp_path / "low-rank" / "low_rank.json").read_text())["whole_modules"] == [

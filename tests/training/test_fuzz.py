@@ -1,6 +1,7 @@
 """Damaged and hostile input: what hypothesis finds, and a few hundred cases of scripts/fuzz.py."""
 
 import importlib.util
+import json
 import math
 import random
 import re
@@ -117,6 +118,46 @@ def test_ops_refuse_or_do_what_any_arguments_ask_for(seed, scale, offset, decay,
 def test_cases_of_the_fuzz_script(name, count, tmp_path):
     accepted, refused = fuzz.fuzz(fuzz.TARGETS[name](tmp_path), count, random.SystemRandom().randrange(2**32))
     assert accepted + refused == count and refused
+
+
+SITE = r"base model: base_model.model.model.layers.0.self_attn.o_proj.tt_theta has shape \[\d+\], "
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"bottleneck": 200_000_000},
+            rf"{SITE}adapter_config.json asks for \[\d{{9}}\]",
+        ),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head.weight is missing, adapter_config.json asks for \[64, 32\]"),
+        ({"peft_type": "LORA", "r": 100_000}, r"adapter_config.json: peft_type must be 'TT', got 'LORA'"),
+        ({"peft_type": None}, r"adapter_config.json: peft_type must be 'TT', got None"),
+        ({"target_modules": "all-linear"}, "target_modules must be plain names of modules, got 'all-linear'"),
+        *(
+            ({key: value}, rf"adapter_config.json: {key} must be plain names of modules, got .*\(\[a-z")
+            for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+            for value in ("([a-z0-9._]+)+!", ["down_proj", "([a-z0-9._]+)+!"])
+        ),
+    ],
+)
+def test_an_adapter_is_checked_before_it_is_made(changes, message, tmp_path):
+    target = fuzz.Adapters(tmp_path)
+    settings = json.dumps({**target.settings, **changes}).encode()
+
+    class One:
+        def make(self, chance):
+            return struct.pack("<I", len(settings)) + settings + target.weights
+
+        def run(self, content):
+            with pytest.raises(fuzz.UserError, match=message) as error, fuzz.Peak() as peak:
+                target.run(content)
+            assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+            assert not peak.exact or peak.bytes - before < 32 << 20
+            raise error.value
+
+    before = fuzz.resident_bytes()
+    assert fuzz.fuzz(One(), 1, 0) == (0, 1)
 
 
 def test_the_fuzz_script_tells_a_crash_and_wasted_memory():

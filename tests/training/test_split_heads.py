@@ -13,9 +13,9 @@ from adazeta.losses import HeadScores
 from adazeta.split_heads import heads_of
 
 
-def with_head(family):
+def with_head(family, **config):
     auto = AutoModelForSequenceClassification
-    return adapted(family, auto=auto, modules_to_save=head_modules(build(family, auto)))
+    return adapted(family, auto=auto, modules_to_save=head_modules(build(family, auto)), **config)
 
 
 def mean_pooled():
@@ -53,11 +53,18 @@ def test_many_probes_in_a_forward_equal_one(family):
     torch.testing.assert_close(together, in_place, atol=3e-4, rtol=1e-3)
 
 
+def test_below_a_pooler_that_trains_blocks_are_shared(caplog):
+    model = with_head("bert", layers_to_transform=[1])
+    shared, plain = (coefficients_of(model, share_prefix=share)[1] for share in (True, False))
+    torch.testing.assert_close(shared, plain, atol=3e-4, rtol=1e-3)
+    assert plain.std() > 0.01 and not caplog.records
+
+
 def test_other_parameters_keep_a_forward_per_probe():
     model = with_head("bert")
     inner = model.get_base_model()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad and "tt_theta" not in name}
-    assert heads_of(model, named) == [inner.classifier]
+    assert heads_of(model, named) == [inner.bert.pooler, inner.classifier]
     assert heads_of(model, {**named, "word_embeddings": inner.bert.embeddings.word_embeddings.weight}) == []
     language_model = adapted("llama", modules_to_save=["lm_head"])
     assert heads_of(language_model, {"lm_head": language_model.get_base_model().lm_head.weight}) == []

@@ -1,20 +1,18 @@
 """``TTModel``: puts TT adapters into a model and keeps all their numbers in one flat ``theta``."""
 
 import re
-import warnings
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-
-from adazeta_kernels import TTAdapterLayout
 
 from ..probe_tokens import last_real_token, set_focus
 from .config import TTConfig
 from .init import initial_theta
 from .layer import TTLayer
-from .sites import candidate_modules, placement_of, resolve_layers, resolve_sites
+from .places import is_place, layout_at, resolve
+from .sites import placement_of
 
 
 class TTModel(BaseTuner):
@@ -35,35 +33,16 @@ class TTModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
 
     def _prepare_adapter_config(self, peft_config: TTConfig, model_config: dict) -> TTConfig:
-        # Resolved names are stored in the saved configuration, so that a later change of the table of sites cannot
-        # move the adapters of a saved model.
-        named = isinstance(peft_config.sites, str) and peft_config.target_modules is not None
-        if named:
-            peft_config.sites = {}
-        else:
-            model_type = model_config.get("model_type")
-            peft_config.sites = resolve_sites(peft_config.sites, model_type, candidate_modules(self.model))
-        peft_config.layers_to_transform = resolve_layers(peft_config.layers_to_transform, model_config)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = {n for n, placement in peft_config.sites.items() if placement != "none"}
-        return peft_config
+        return resolve(peft_config, self.model, model_config)
 
     @staticmethod
     def _check_target_module_exists(peft_config: TTConfig, key: str):
-        found = BaseTuner._check_target_module_exists(peft_config, key)
-        return found if found and placement_of(key, peft_config.sites) != "none" else False
+        return is_place(peft_config, key)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base_layer = target.get_base_layer() if isinstance(target, TTLayer) else target
         placement = placement_of(current_key, config.sites)
-        width = self._width(base_layer, placement, current_key)
-        layout = TTAdapterLayout.auto(
-            width,
-            bottleneck=config.bottleneck,
-            rank=config.rank if isinstance(config.rank, int) else tuple(config.rank),
-            shapes=config.shapes,
-            bias=config.bias,
-        )
+        layout = layout_at(config, self.model, base_layer, current_key)
         layer = target if isinstance(target, TTLayer) else TTLayer(base_layer)
         offset = sum(other.layout[adapter_name].numel for _, other in self.tt_layers(adapter_name))
         device = self._first_device(adapter_name) or _device_of(base_layer)
@@ -86,21 +65,6 @@ class TTModel(BaseTuner):
         if not getattr(self.model, "hf_device_map", None):
             return None
         return next((layer.tt_theta[adapter_name].device for _, layer in self.tt_layers(adapter_name)), None)
-
-    def _width(self, base_layer: nn.Module, placement: str, key: str) -> int:
-        hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
-        if hidden_size and next(base_layer.children(), None) is not None:
-            return hidden_size  # a whole sub-block, such as a mixture of experts: hidden states in, hidden states out
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            features = _get_in_out_features(base_layer)
-        width = features[1] if placement == "post" else features[0]
-        if width is None or isinstance(base_layer, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
-            raise ValueError(
-                f"cannot put a TT adapter on {key!r}: expected a linear layer with in_features and out_features, got "
-                f"{type(base_layer).__name__}; linear layers of this model: {', '.join(candidate_modules(self.model))}"
-            )
-        return width
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
