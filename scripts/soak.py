@@ -34,7 +34,8 @@ from adazeta import UserError, cli  # noqa: E402
 from adazeta.journal import NAME, Journal, read  # noqa: E402
 from adazeta.losses import lm_loss  # noqa: E402
 from adazeta.optimizer import ZerothOrder  # noqa: E402
-from adazeta.runs import ADAPTER, is_run, resumable  # noqa: E402
+from adazeta.run_folders import resumable  # noqa: E402
+from adazeta.runs import ADAPTER, is_run  # noqa: E402
 
 WAYS = ("clock", "torn record", "before the update", "before a rename", "after a rename", "full disk")
 EVERY = 5  # steps between checkpoints
@@ -144,7 +145,7 @@ class Torn:
 
 def arrange(way: str, chance: random.Random, steps: int, journal: Path) -> None:
     """Let this process end in ``way``, at a step or rename drawn at random."""
-    append, replace, left = Journal.append, os.replace, chance.randrange(steps)
+    append, left = Journal.append, chance.randrange(steps)
 
     def torn(self, step):
         nonlocal left
@@ -160,14 +161,17 @@ def arrange(way: str, chance: random.Random, steps: int, journal: Path) -> None:
             die()
         left -= 1
 
-    def renaming(source, target, **keywords):
-        nonlocal left
-        if left <= 0 and way == "before a rename":
-            die()
-        replace(source, target, **keywords)
-        if left <= 0:
-            die()
-        left -= 1
+    def dying(rename):
+        def renaming(source, target, **keywords):
+            nonlocal left
+            if left <= 0 and way == "before a rename":
+                die()
+            rename(source, target, **keywords)
+            if left <= 0:
+                die()
+            left -= 1
+
+        return renaming
 
     if way == "torn record":
         Journal.append = torn
@@ -175,7 +179,7 @@ def arrange(way: str, chance: random.Random, steps: int, journal: Path) -> None:
         Journal.append = recorded
     elif way.endswith("rename"):
         left = chance.randrange(max(1, steps // EVERY))
-        os.replace = renaming
+        os.replace, os.rename = dying(os.replace), dying(os.rename)
     elif way == "full disk":
         size = (journal.stat().st_size if journal.exists() else 0) + chance.randrange(1, 88 * steps)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

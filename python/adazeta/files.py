@@ -1,5 +1,6 @@
 """Files that are either the old one or the new one, never half of one."""
 
+import ctypes
 import errno
 import os
 import shutil
@@ -106,18 +107,84 @@ def replacing_folder(path: str | os.PathLike, *, overwrite: bool, ours: Sequence
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+#: In a folder that another one has replaced or is about to: what is left of it is nobody's.
+REPLACED = ".replaced"
+
+
 def put_in_place(folder: Path, path: Path) -> None:
-    """Rename ``folder`` to ``path``; an earlier folder there goes only then, and stays if that cannot be done."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    """Rename ``folder``, forced to the disk, to ``path``; an earlier folder there goes only then.
+
+    Where the system can exchange two names, there is a whole folder at ``path`` at every instant, whenever the process
+    dies. Elsewhere an earlier one has another name for a moment; :func:`put_back` finds it.
+    """
+    sync_tree(folder)
+    old = _aside(path)
     if path.exists():
-        os.rename(path, old)
-    try:
+        (path / REPLACED).touch()
+        if not _exchanged(folder, path):
+            os.rename(path, old)
+            try:
+                os.rename(folder, path)
+            except OSError:
+                os.rename(old, path)
+                (path / REPLACED).unlink()
+                raise
+        else:
+            os.rename(folder, old)
+    else:
         os.rename(folder, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
+    _sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Clear up after a process that died in :func:`put_in_place`: the earlier folder comes back if nothing is there."""
+    for old in sorted(path.parent.glob(_aside(path, "*").name)):
+        if _lives(old.name.rpartition("-")[2]):
+            continue
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
+            (path / REPLACED).unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _aside(path: Path, process: int | str | None = None) -> Path:
+    return path.with_name(f".{path.name}.old-{process or os.getpid()}")
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders exchange their names, in one instant; False where the system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if call is None:
+        return False
+    if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def sync_tree(folder: Path) -> None:
+    """Force the files of a folder, and of those in it, to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(file := os.path.join(place, name)):
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        _sync_folder(Path(place))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -1,18 +1,13 @@
 """Run folders: what is in them, how a model is loaded, and how one is trained, evaluated and asked.
 
 A run folder holds the adapter as PEFT saves it, ``adazeta.json`` (the card: base model, task, settings),
-``journal.azj``, ``metrics.jsonl``, ``summary.json`` and ``curves.png``. Training writes to ``<folder>.partial``, which
-takes the folder's place when everything is written: a run folder is whole or it is not there.
+``journal.azj``, ``metrics.jsonl``, ``summary.json`` and ``curves.png``. How it comes to be: :mod:`adazeta.run_folders`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,7 @@ from typing import Any
 from adazeta import __version__
 from adazeta.base_models import Say, architecture, load_base, model_folder
 from adazeta.errors import UserError
-from adazeta.files import disk_errors, put_in_place, write_text
+from adazeta.files import write_text
 from adazeta.option import plain
 from adazeta.tasks import Task, choose, from_dict, to_dict
 
@@ -260,130 +255,6 @@ def default_task(base: str, say: Say = lambda line: None) -> Task:
     if kind in ("head", "encoder"):
         raise UserError(f"{base} has no language-model head: train a classification head on it with `adazeta train`")
     return choose({}, kind)
-
-
-def partial_of(output: str | Path) -> Path:
-    """Return the folder that training writes to until ``output`` is whole."""
-    output = Path(output)
-    return output.with_name(f"{output.name}.partial")
-
-
-@contextmanager
-def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Yield the folder that training writes to, ``<output>.partial``, empty unless the run is resumed.
-
-    It goes when the block fails, unless there is something in it to resume. One process at a time holds it.
-
-    Raises:
-        UserError: ``output`` holds a run (and not ``overwrite``) or something else, or ``<output>.partial`` does, there
-            is nothing to resume, or another process trains there.
-    """
-    output = Path(output)
-    partial = partial_of(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file: choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not is_run(output):
-        raise UserError(f"{output} is not empty and not a run folder: choose another --output")
-    if resume:
-        if not resumable(partial):
-            done = " (it is complete)" if is_run(output) else ""
-            raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
-    else:
-        if not overwrite and is_run(output):
-            raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
-        if not overwrite and resumable(partial):
-            raise UserError(f"{partial} holds an interrupted run: add --resume to go on, or --overwrite to start anew")
-        with disk_errors(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
-        if not resume:
-            if any(partial.iterdir()) and not _of_a_run(partial):
-                raise UserError(f"{partial} is not empty and not an unfinished run: choose another --output")
-            for path in partial.iterdir():  # the folder itself stays: it is locked
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        try:
-            yield partial
-        finally:
-            if partial.is_dir() and not resumable(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that exists."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process trains into {folder}: wait for it or stop it, or choose another --output"
-            ) from error
-        if not folder.is_dir() or os.fstat(descriptor).st_ino != folder.stat().st_ino:
-            raise UserError(f"another process has just finished or removed {folder}: run the command again")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _of_a_run(folder: Path) -> bool:
-    """Return whether training wrote to the folder, however soon it ended."""
-    from adazeta.journal import INITIAL_NAME, NAME
-
-    # A process that is killed before it renames its first file leaves the temporary one.
-    written = [name for own in (CARD, METRICS, NAME, INITIAL_NAME) for name in (own, f".{own}.*.tmp")]
-    return any(path.is_file() for name in written for path in folder.glob(name)) or any(folder.glob("checkpoint-*"))
-
-
-def resumable(folder: Path) -> bool:
-    """Return whether there is something to go on with: a checkpoint, or a journal with a step (or one to look at)."""
-    from adazeta.errors import JournalError
-    from adazeta.journal import NAME, read
-
-    if checkpoints(folder):
-        return True
-    if not (folder / NAME).is_file():
-        return False
-    try:
-        return bool(read(folder / NAME, repair=True).steps)
-    except JournalError:
-        return True
-
-
-def resume_from(folder: Path, say: Say = lambda line: None) -> Path | None:
-    """Return the newest checkpoint that is not newer than the journal, or None: the journal makes all steps again.
-
-    Raises:
-        UserError: the journal is missing or damaged.
-    """
-    from adazeta.journal import NAME, read
-
-    steps = len(read(folder / NAME, repair=True).steps)
-    found = checkpoints(folder)
-    older = [path for path in found if int(path.name.removeprefix("checkpoint-")) <= steps]
-    if len(older) < len(found):
-        say(f"{found[-1].name} is newer than the journal ({steps:,} steps), which was cut short: going on from there")
-    return older[-1] if older else None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of an unfinished run, oldest first; the Trainer writes their state file last."""
-
-    def whole(path: Path) -> bool:
-        try:
-            return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return False
-
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(filter(whole, numbered), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def close_partial(partial: Path, output: str | Path) -> None:
-    """Put the finished folder in the place of ``output``; an earlier run there goes only then."""
-    output = Path(output)
-    with disk_errors(output):
-        put_in_place(partial, output)
 
 
 def card_of(settings: Mapping[str, Any], task: Task, preset: str) -> dict:

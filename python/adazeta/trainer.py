@@ -26,7 +26,7 @@ from .distributed import Ranks, open_journal
 from .errors import UserError
 from .estimator import signal_to_noise
 from .evaluate import judge
-from .files import make_folder
+from .files import make_folder, sync_tree
 from .grouped import EpochOfSampler, LengthGrouped, real_length
 from .journal import NAME as JOURNAL_NAME
 from .losses import Completion, lm_loss
@@ -282,6 +282,7 @@ class ZOTrainer(Trainer):
         if self.zeroth_order.journal is not None:
             self.zeroth_order.journal.sync()  # whatever happens, no checkpoint is newer than its journal
         super()._save_checkpoint(*args, **kwargs)
+        sync_tree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

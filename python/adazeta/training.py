@@ -27,20 +27,8 @@ from adazeta.prepare import (
     zo_config,
 )
 from adazeta.report import adapter_size, digests, machine
-from adazeta.runs import (
-    CARD,
-    CURVES,
-    METRICS,
-    SUMMARY,
-    Classifier,
-    close_partial,
-    open_partial,
-    partial_of,
-    read_json,
-    read_metrics,
-    resume_from,
-    write_json,
-)
+from adazeta.run_folders import close_partial, open_partial, partial_of, resume_from
+from adazeta.runs import CARD, CURVES, METRICS, SUMMARY, Classifier, read_json, read_metrics, write_json
 from adazeta.tasks import to_dict
 
 

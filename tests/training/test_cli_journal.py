@@ -16,7 +16,8 @@ from adazeta import UserError, cli
 from adazeta.journal import Journal, read, steps
 from adazeta.prepare import make_deterministic
 from adazeta.progress import Bar
-from adazeta.runs import open_partial, read_metrics, resume_from
+from adazeta.run_folders import open_partial, resume_from
+from adazeta.runs import read_metrics
 
 
 def test_replay_is_bit_identical_and_repairs(world, capsys, tmp_path):
@@ -118,8 +119,12 @@ def test_a_checkpoint_newer_than_the_journal_is_passed_over(world, capsys, tmp_p
     run = tmp_path / "x.partial"
     shutil.copytree(world[0] / "run", run)
     for step in (5, 10):
-        (run / f"checkpoint-{step}").mkdir()
-        (run / f"checkpoint-{step}" / "trainer_state.json").write_text("{}".replace("{}", '{"a": 1}'))
+        checkpoint = run / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        shutil.copy(run / "adapter_model.safetensors", checkpoint)
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, checkpoint / name)
+        (checkpoint / "trainer_state.json").write_text('{"a": 1}')
     assert resume_from(run, said.append) == run / "checkpoint-10" and not said
     journal = run / "journal.azj"
     ends = read(journal).ends

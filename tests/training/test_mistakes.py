@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from adazeta import cli, options
 from adazeta.errors import UserError
 from adazeta.prepare import load_data, settle
-from adazeta.runs import open_partial
+from adazeta.run_folders import open_partial
 
 
 def test_a_class_of_one_example_is_noted(tmp_path):

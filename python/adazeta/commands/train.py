@@ -37,7 +37,8 @@ def _demo(arguments) -> int:
 
 def _run_training(arguments, config: str | None, defaults: dict) -> int:
     from ..own_function import check_named
-    from ..runs import CARD, is_run, partial_of, read_json, resumable
+    from ..run_folders import partial_of, resumable
+    from ..runs import CARD, is_run, read_json
 
     ranks = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
