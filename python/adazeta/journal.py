@@ -26,7 +26,7 @@ class Journal:
     """An open journal that records steps as they are made; no second one can be opened meanwhile.
 
     ``append`` hands the record to the operating system before it returns: it survives the death of the process. If
-    that fails (a full disk), the file is cut back to the last whole record and the error names the file.
+    that fails (a full disk, Ctrl-C), the file is cut back to the last whole record; the error of a disk names the file.
 
     Args:
         path: the journal.
@@ -119,9 +119,11 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.fsync_every and (step.index + 1) % self.fsync_every == 0:
                 os.fsync(self._file.fileno())
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too: a loop that goes on records this step again
             self._file.truncate(size)
             self._file.seek(size)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from error
         self.next_step, self._chain = step.index + 1, chain
 

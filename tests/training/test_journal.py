@@ -285,6 +285,29 @@ def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
     assert (tmp_path / NAME).stat().st_size == size and len(list(steps(tmp_path / NAME))) == 1
 
 
+def test_a_loop_goes_on_after_ctrl_c_in_the_middle_of_a_record(tmp_path, monkeypatch):
+    opt = ZerothOrder(tiny_adapted(layers=1), lr=0.1, queries=2)
+    opt.write_journal(tmp_path / NAME, fsync_every=1)
+    fsync, presses = os.fsync, [2]
+
+    def interrupted(descriptor):  # the record is in the file, and the disk takes its time
+        fsync(descriptor)
+        if presses and opt.step_index == presses[0]:
+            presses.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    while opt.step_index < 4:
+        try:
+            opt.estimate(lm_loss, lm_batch(4, seed=opt.step_index))
+            opt.step()
+        except KeyboardInterrupt:
+            assert len(read(tmp_path / NAME).steps) == 2
+            opt.zero_grad()
+    opt.journal.close()
+    assert not presses and [step.index for step in steps(tmp_path / NAME)] == [0, 1, 2, 3]
+
+
 def test_steps_are_recorded_in_order(tmp_path):
     _, opt = train(tmp_path, steps_to_do=1)
     journal, _ = Journal.resume(tmp_path / NAME, read(tmp_path / NAME).header)
