@@ -4,6 +4,7 @@ docs/journal.md describes the format for other programs.
 """
 
 import json
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -113,8 +114,12 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
     return step, last + _CRC.size, chain
 
 
-def _header(path: Path, content: memoryview) -> tuple[dict, int, int]:
-    """Return header, its end and its checksum."""
+def parse_header(path: Path, content: memoryview) -> tuple[dict, int, int]:
+    """Return the header of a journal, its end and its checksum; ``path`` is what errors call it.
+
+    Raises:
+        JournalError: see ``parse``.
+    """
     start = len(MAGIC) + _FRAME.size
     magic = bytes(content[: len(MAGIC)])
     if magic != MAGIC or len(content) < start:
@@ -147,7 +152,7 @@ def parse(path: Path, content: bytes) -> Contents:
             a header that does not describe a run (``key``).
     """
     view = memoryview(content)
-    header, position, chain = _header(path, view)
+    header, position, chain = parse_header(path, view)
     steps, ends = [], [position]
     while position < len(view):
         try:
@@ -228,7 +233,7 @@ _KEYS = {
     "sites": lambda value: _is(value, list) and all(map(_is_site, value)),
     "params": lambda value: _is(value, list) and all(map(_is_parameter, value)),
     "initial": lambda value: value in ("seed", "file"),
-    "initial_sha256": lambda value: _is(value, str),
+    "initial_sha256": lambda value: _is(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),  # names a file
     "base_sha256": lambda value: _is(value, str),
     "adapter": lambda value: value is None or _is(value, dict),
     "config": _is_config,

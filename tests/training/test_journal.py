@@ -14,7 +14,7 @@ from tiny import lm_batch, tiny_adapted
 
 from adazeta import UserError, ZerothOrder
 from adazeta.errors import JournalError
-from adazeta.journal import INITIAL_NAME, NAME, Journal, read, steps
+from adazeta.journal import NAME, Journal, initial_path, read, steps
 from adazeta.journal_format import header_bytes
 from adazeta.losses import lm_loss
 from adazeta.replay import replay
@@ -35,6 +35,10 @@ def train(folder, steps_to_do=4, noise=0.0, model_settings=None, **settings):
     return model, opt
 
 
+def initial_file(folder):
+    return initial_path(folder / NAME, read(folder / NAME).header)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -52,7 +56,7 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(tmp_path, settings, noise):
     assert rebuilt.keys() == saved.keys()
     assert all(torch.equal(rebuilt[name], saved[name]) for name in saved)
     # An untouched start needs only the seed; one that was moved has its values beside the journal.
-    assert (tmp_path / INITIAL_NAME).exists() == (noise > 0)
+    assert initial_file(tmp_path).exists() == (noise > 0)
 
 
 def test_replay_with_a_trained_head(tmp_path):
@@ -196,6 +200,7 @@ def test_another_version_and_hostile_headers_are_named(tmp_path):
         ("version", 3),
         ("run_seed", 2**64),
         ("run_seed", True),
+        ("initial_sha256", "../../elsewhere"),
         ("distribution", "cauchy"),
         ("sites", [{"name": "x", "layout": [1, 2, 3]}]),
         ("params", [{"name": "w", "shape": [-1], "decayed": True}]),
@@ -239,7 +244,7 @@ def test_more_numbers_than_a_header_makes_are_kept_in_a_file(tmp_path, monkeypat
     for module in ("replay", "recording"):
         monkeypatch.setattr(f"adazeta.{module}.MOST_NUMBERS", 100)
     model, _ = train(tmp_path)
-    assert (tmp_path / INITIAL_NAME).exists() and torch.equal(
+    assert initial_file(tmp_path).exists() and torch.equal(
         replay(tmp_path).trainable.tensors[0], model.base_model.theta()
     )
 
@@ -247,8 +252,8 @@ def test_more_numbers_than_a_header_makes_are_kept_in_a_file(tmp_path, monkeypat
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.double(), lambda t: t[None]])
 def test_initial_values_of_another_shape_or_kind_are_named(tmp_path, change):
     train(tmp_path, noise=0.2)
-    values = load_file(tmp_path / INITIAL_NAME)
-    save_file({name: change(value).contiguous() for name, value in values.items()}, tmp_path / INITIAL_NAME)
+    values = load_file(initial_file(tmp_path))
+    save_file({name: change(value).contiguous() for name, value in values.items()}, initial_file(tmp_path))
     with pytest.raises(JournalError, match="as 'theta', expected numbers of shape") as caught:
         replay(tmp_path)
     assert caught.value.key == "theta"
@@ -325,7 +330,7 @@ def test_no_journal_and_foreign_files(tmp_path):
 
 def test_initial_values_of_another_run_are_refused(tmp_path):
     train(tmp_path, noise=0.2)
-    values = load_file(tmp_path / INITIAL_NAME)
-    save_file({k: v + 1 for k, v in values.items()}, tmp_path / INITIAL_NAME)
+    values = load_file(initial_file(tmp_path))
+    save_file({k: v + 1 for k, v in values.items()}, initial_file(tmp_path))
     with pytest.raises(UserError, match="differ from those of the run"):
         replay(tmp_path)
