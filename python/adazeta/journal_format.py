@@ -82,11 +82,8 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
         return None
     head = content[start:first]
     chain = zlib.crc32(head, chain)
-    if _CRC.unpack_from(content, first)[0] != chain:
-        # A file system may lengthen a file before a power failure and never fill it: zeros to the end are a torn tail.
-        if not np.frombuffer(content[start:], np.uint8).any():
-            return None
-        raise ValueError("the checksum differs")
+    if not _whole(content, first, chain):
+        return None
     *values, rows, losses, dropped, clipped, digest, flags, words = _HEAD.unpack(head)
     first += _CRC.size
     last = first + 4 * words
@@ -94,8 +91,8 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
         return None
     body = content[first:last]
     chain = zlib.crc32(body, chain)
-    if _CRC.unpack_from(content, last)[0] != chain:
-        raise ValueError("the checksum differs")
+    if not _whole(content, last, chain):
+        return None
     index, lr, momentum, weight_decay, loss, spread = values
     if flags & ~(HAS_DIGEST | GOES_BACK):
         raise ValueError(f"unknown flags {flags:#x}")
@@ -112,6 +109,24 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
     counts = (rows, losses, dropped, clipped, digest if flags & HAS_DIGEST else None, back_to)
     step = Step(index, lr, momentum, weight_decay, coefficients, loss, spread, *counts)
     return step, last + _CRC.size, chain
+
+
+def _whole(content: memoryview, at: int, chain: int) -> bool:
+    """Tell whether the checksum at byte ``at`` is ``chain``, or one that was never written, as all behind it.
+
+    A file system may lengthen a file before a power failure and never fill it: zeros to the end are a torn tail,
+    wherever in a record they begin. What is there of the checksum must be right.
+
+    Raises:
+        ValueError: another checksum.
+    """
+    expected, end = _CRC.pack(chain), at + _CRC.size
+    found = bytes(content[at:end])
+    if found == expected:
+        return True
+    if not expected.startswith(found.rstrip(b"\0")) or np.frombuffer(content[end:], np.uint8).any():
+        raise ValueError("the checksum differs")
+    return False
 
 
 def parse_header(path: Path, content: memoryview) -> tuple[dict, int, int]:

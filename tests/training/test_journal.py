@@ -114,6 +114,39 @@ def test_resume_keeps_every_whole_step_and_heals_a_torn_record(tmp_path):
         assert [s.lr for s in steps(path)] == [0.1 / (k + 1) for k in range(done)] + [0.5]
 
 
+def test_a_record_that_ends_in_zeros_to_the_end_of_the_file_is_torn_wherever_they_begin(tmp_path):
+    train(tmp_path, steps_to_do=4)
+    path = tmp_path / NAME
+    whole, ends, header = path.read_bytes(), read(path).ends, read(path).header
+    for begin in range(ends[2], ends[3]):
+        for size in (ends[3], ends[4], ends[4] + 4096):
+            path.write_bytes(whole[:begin] + bytes(size - begin))
+            if whole[begin : ends[3]].strip(b"\0"):  # else all of the record is there
+                with pytest.raises(JournalError, match=f"cut off at byte {ends[2]}, inside the record after step 1"):
+                    read(path)
+                assert len(read(path, repair=True).steps) == 2
+    journal, kept = Journal.resume(path, header)
+    journal.close()
+    assert len(kept) in (2, 3) and path.stat().st_size == ends[len(kept)]
+
+
+def test_zeros_that_hide_no_end_are_damage(tmp_path):
+    train(tmp_path, steps_to_do=4)
+    path = tmp_path / NAME
+    whole, ends = path.read_bytes(), read(path).ends
+    for at, zeros, behind in (
+        (ends[1] + 40, ends[2] - ends[1] - 40, 0),  # whole records follow
+        (ends[1] + 40, 10, 0),
+        (ends[3] + 40, 10, 0),  # in the last record: its checksum is there
+        (ends[3] + 81, 4, 4096),
+        (ends[3] + 40, ends[4] - ends[3] - 41, 0),  # the last byte is there
+    ):
+        path.write_bytes(whole[:at] + bytes(zeros) + whole[at + zeros :] + bytes(behind))
+        record = 1 if at < ends[2] else 3
+        with pytest.raises(JournalError, match=f"damaged at byte {ends[record]} "):
+            read(path, repair=True)
+
+
 def test_damage_in_the_middle_is_refused_with_its_place_and_nothing_is_cut(tmp_path):
     train(tmp_path, steps_to_do=4)
     path = tmp_path / NAME
