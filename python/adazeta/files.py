@@ -27,20 +27,26 @@ _FULL = ("No space left", "PytorchStreamWriter failed", "file write failed", "io
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it over ``path`` when the block ends well, else remove it.
 
+    Args:
+        path: the file to write.
+        new: it is not there yet, and the first of several processes that make it wins.
+
     Raises:
-        UserError: the file can't be written (a full disk, no permission); ``path`` is then as it was.
+        UserError: the file can't be written (a full disk, no permission, another was first); ``path`` is then as it
+            was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a process of that id that was killed: it may be a second name of path
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _name_first(temporary, path) if new else os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -48,6 +54,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
+
+
+def _name_first(temporary: Path, path: Path) -> None:
+    """Give a file the name ``path``, unless there is one of that name by now."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise UserError(f"another process has just begun {path}: choose another folder") from error
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.rename(temporary, path)  # a file system without links: who comes first is not known there
 
 
 def _sync_folder(folder: Path) -> None:

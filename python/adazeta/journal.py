@@ -5,9 +5,10 @@ The format is written down in docs/journal.md; ``journal_format`` reads and enco
 
 import errno
 import fcntl
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,18 +16,18 @@ from safetensors.torch import save_file
 
 from .errors import JournalError, UserError
 from .files import replacing
-from .journal_format import Contents, check_header, difference, encode, header_bytes, parse, shown
+from .journal_format import Contents, check_header, difference, encode, header_bytes, parse, parse_header, shown
 from .update import Step
 
 NAME = "journal.azj"
-INITIAL_NAME = "journal-initial.safetensors"
+INITIAL_NAME = "journal-initial.safetensors"  # of journals before files of initial numbers were named by their digest
 
 
 class Journal:
     """An open journal that records steps as they are made; no second one can be opened meanwhile.
 
     ``append`` hands the record to the operating system before it returns: it survives the death of the process. If
-    that fails (a full disk), the file is cut back to the last whole record and the error names the file.
+    that fails (a full disk, Ctrl-C), the file is cut back to the last whole record; the error of a disk names the file.
 
     Args:
         path: the journal.
@@ -54,23 +55,23 @@ class Journal:
         """Start a journal at ``path``, replacing an older one; ``initial`` holds numbers that no seed rebuilds.
 
         Raises:
-            UserError: another process writes to that journal, or the file can't be written.
+            UserError: another process writes to that journal, or a file can't be written; an older journal and its
+                initial numbers are then as they were.
         """
         path = Path(path)
         check_header(header, path)
         content, chain = header_bytes(header)
-        with _held(path):  # until the new file, locked before it gets the name, stands in its place
-            initial_path = path.with_name(INITIAL_NAME)
-            if initial:
-                with replacing(initial_path) as temporary:
-                    save_file({name: t.detach().cpu().contiguous() for name, t in initial.items()}, temporary)
-            else:
-                initial_path.unlink(missing_ok=True)
-            file = None
+        with _held(path) as earlier:  # until the new file, locked before it gets the name, stands in its place
+            own, file = path.with_name(_initial_name(header)), None
             try:
-                with replacing(path) as temporary:
+                with replacing(path, new=earlier is None) as temporary:
                     temporary.write_bytes(content)
                     file = _locked(temporary, path)
+                    if initial:  # there before the journal that needs them
+                        with replacing(own) as numbers:
+                            save_file({name: t.detach().cpu().contiguous() for name, t in initial.items()}, numbers)
+                if earlier is not None:
+                    _remove_initial(path, earlier.readall(), own)
             except BaseException:
                 if file is not None:
                     file.close()
@@ -119,9 +120,11 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.fsync_every and (step.index + 1) % self.fsync_every == 0:
                 os.fsync(self._file.fileno())
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too: a loop that goes on records this step again
             self._file.truncate(size)
             self._file.seek(size)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from error
         self.next_step, self._chain = step.index + 1, chain
 
@@ -158,14 +161,33 @@ def _locked(path: Path, name: Path):
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold the lock of an earlier journal at ``path``, if there is one."""
+def _held(path: Path) -> Iterator[io.FileIO | None]:
+    """Hold the lock of an earlier journal at ``path``; yield its file, or None if there is none."""
     file = _locked(path, path) if path.exists() else None
     try:
-        yield
+        yield file
     finally:
         if file is not None:
             file.close()
+
+
+def initial_path(path: Path, header: dict) -> Path:
+    """Return the file of initial numbers of the journal at ``path``."""
+    own, earlier = path.with_name(_initial_name(header)), path.with_name(INITIAL_NAME)
+    return earlier if earlier.exists() and not own.exists() else own
+
+
+def _initial_name(header: dict) -> str:
+    """Name the file by its digest: until a new journal stands in its place, the earlier one needs its own numbers."""
+    return f"journal-initial-{header['initial_sha256'][:16]}.safetensors"
+
+
+def _remove_initial(path: Path, replaced: bytes, kept: Path) -> None:
+    """Remove the initial numbers of the journal that was ``replaced`` at ``path``, if ``kept`` is another file."""
+    with suppress(JournalError, OSError):  # a file too many does no harm
+        header = parse_header(path, memoryview(replaced))[0]
+        if header["initial"] == "file" and (unused := initial_path(path, header)) != kept:
+            unused.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike, repair: bool = False) -> Contents:

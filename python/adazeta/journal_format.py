@@ -4,6 +4,7 @@ docs/journal.md describes the format for other programs.
 """
 
 import json
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -81,11 +82,8 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
         return None
     head = content[start:first]
     chain = zlib.crc32(head, chain)
-    if _CRC.unpack_from(content, first)[0] != chain:
-        # A file system may lengthen a file before a power failure and never fill it: zeros to the end are a torn tail.
-        if not np.frombuffer(content[start:], np.uint8).any():
-            return None
-        raise ValueError("the checksum differs")
+    if not _whole(content, first, chain):
+        return None
     *values, rows, losses, dropped, clipped, digest, flags, words = _HEAD.unpack(head)
     first += _CRC.size
     last = first + 4 * words
@@ -93,8 +91,8 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
         return None
     body = content[first:last]
     chain = zlib.crc32(body, chain)
-    if _CRC.unpack_from(content, last)[0] != chain:
-        raise ValueError("the checksum differs")
+    if not _whole(content, last, chain):
+        return None
     index, lr, momentum, weight_decay, loss, spread = values
     if flags & ~(HAS_DIGEST | GOES_BACK):
         raise ValueError(f"unknown flags {flags:#x}")
@@ -113,8 +111,30 @@ def _decode(content: memoryview, start: int, chain: int) -> tuple[Step, int, int
     return step, last + _CRC.size, chain
 
 
-def _header(path: Path, content: memoryview) -> tuple[dict, int, int]:
-    """Return header, its end and its checksum."""
+def _whole(content: memoryview, at: int, chain: int) -> bool:
+    """Tell whether the checksum at byte ``at`` is ``chain``, or one that was never written, as all behind it.
+
+    A file system may lengthen a file before a power failure and never fill it: zeros to the end are a torn tail,
+    wherever in a record they begin. What is there of the checksum must be right.
+
+    Raises:
+        ValueError: another checksum.
+    """
+    expected, end = _CRC.pack(chain), at + _CRC.size
+    found = bytes(content[at:end])
+    if found == expected:
+        return True
+    if not expected.startswith(found.rstrip(b"\0")) or np.frombuffer(content[end:], np.uint8).any():
+        raise ValueError("the checksum differs")
+    return False
+
+
+def parse_header(path: Path, content: memoryview) -> tuple[dict, int, int]:
+    """Return the header of a journal, its end and its checksum; ``path`` is what errors call it.
+
+    Raises:
+        JournalError: see ``parse``.
+    """
     start = len(MAGIC) + _FRAME.size
     magic = bytes(content[: len(MAGIC)])
     if magic != MAGIC or len(content) < start:
@@ -147,7 +167,7 @@ def parse(path: Path, content: bytes) -> Contents:
             a header that does not describe a run (``key``).
     """
     view = memoryview(content)
-    header, position, chain = _header(path, view)
+    header, position, chain = parse_header(path, view)
     steps, ends = [], [position]
     while position < len(view):
         try:
@@ -228,7 +248,7 @@ _KEYS = {
     "sites": lambda value: _is(value, list) and all(map(_is_site, value)),
     "params": lambda value: _is(value, list) and all(map(_is_parameter, value)),
     "initial": lambda value: value in ("seed", "file"),
-    "initial_sha256": lambda value: _is(value, str),
+    "initial_sha256": lambda value: _is(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),  # names a file
     "base_sha256": lambda value: _is(value, str),
     "adapter": lambda value: value is None or _is(value, dict),
     "config": _is_config,

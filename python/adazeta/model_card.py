@@ -289,8 +289,8 @@ def push_run(
     """
     from huggingface_hub import HfApi
 
-    from .journal import INITIAL_NAME, read
     from .journal import NAME as JOURNAL
+    from .journal import initial_path, read
 
     folder, api = Path(folder), api or HfApi(token=token)
     card = read_card(folder)
@@ -310,8 +310,9 @@ def push_run(
                     text = (target / NAME).read_text(encoding="utf-8")
                     (target / NAME).write_text(text.replace(f"\n\n{REPLAY}", ""), encoding="utf-8")
             else:
-                for name in (JOURNAL, INITIAL_NAME) if header["initial"] == "file" else (JOURNAL,):
-                    shutil.copy(folder / name, target / name)
+                needed = [initial_path(folder / JOURNAL, header)] if header["initial"] == "file" else []
+                for path in (folder / JOURNAL, *needed):
+                    shutil.copy(path, target / path.name)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         message = f"Adapter for {hub_name(card['base_model']) or Path(card['base_model']).name}"
         return api.upload_folder(repo_id=repository, folder_path=str(target), commit_message=message)

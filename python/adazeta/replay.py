@@ -14,7 +14,7 @@ from adazeta_kernels import TTAdapterLayout, derive_seeds, derive_seeds_of_steps
 from .digests import crc_of, sha256_of
 from .errors import JournalError, UserError
 from .in_place import Drift
-from .journal import INITIAL_NAME, NAME, read
+from .journal import NAME, initial_path, read
 from .others import DTYPES
 from .tuner.init import initial_theta
 from .update import Step, Trainable, apply_step, step_scales
@@ -93,13 +93,14 @@ def initial_values(header: dict, path: Path, device: str | torch.device = "cpu")
         UserError: the file of initial values is missing or damaged.
         JournalError: the initial values are not those of the run.
     """
-    stored = _stored_values(header, path)
+    beside = initial_path(path, header)
+    stored = _stored_values(header, beside)
     tensors: dict[str, torch.Tensor] = {}
     flat, decayed = [], []
     if header["sites"]:
         layouts = [TTAdapterLayout.decode(site["layout"]) for site in header["sites"]]
         if "theta" in stored:
-            theta = _checked(stored, "theta", [sum(layout.numel for layout in layouts)], path)
+            theta = _checked(stored, "theta", [sum(layout.numel for layout in layouts)], beside)
         else:
             theta = rebuild_initial(header)
         theta, offset = theta.to(device), 0
@@ -109,7 +110,7 @@ def initial_values(header: dict, path: Path, device: str | torch.device = "cpu")
         decayed += decayed_views(theta, layouts)
         flat.append(theta)
     for parameter in header["params"]:
-        tensor = _checked(stored, parameter["name"], parameter["shape"], path).to(device)
+        tensor = _checked(stored, parameter["name"], parameter["shape"], beside).to(device)
         tensors[parameter["name"]] = tensor
         flat.append(tensor)
         if parameter["decayed"]:
@@ -127,20 +128,17 @@ def _checked(stored: dict[str, torch.Tensor], name: str, shape: list[int], path:
     allowed = (torch.float32,) if name == "theta" else DTYPES
     if found is None or list(found.shape) != shape or found.dtype not in allowed:
         what = "nothing" if found is None else f"{found.dtype} of shape {list(found.shape)}"
-        raise JournalError(
-            f"{path.with_name(INITIAL_NAME)} holds {what} as {name!r}, expected numbers of shape {shape}", key=name
-        )
+        raise JournalError(f"{path} holds {what} as {name!r}, expected numbers of shape {shape}", key=name)
     return found
 
 
 def _stored_values(header: dict, path: Path) -> dict[str, torch.Tensor]:
     if header["initial"] != "file":
         return {}
-    initial_path = path.with_name(INITIAL_NAME)
     try:
-        return load_file(initial_path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {initial_path}, which the replay needs: {error}") from error
+        raise UserError(f"cannot read {path}, which the replay needs: {error}") from error
 
 
 def apply_steps(

@@ -89,10 +89,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _of_a_run(folder: Path) -> bool:
     """Return whether training wrote to the folder, however soon it ended."""
-    from adazeta.journal import INITIAL_NAME, NAME
+    from adazeta.journal import NAME
 
     # A process that is killed before it renames its first file leaves the temporary one.
-    written = [name for own in (CARD, METRICS, NAME, INITIAL_NAME) for name in (own, f".{own}.*.tmp")]
+    written = [name for own in (CARD, METRICS, NAME, "journal-initial*.safetensors") for name in (own, f".{own}.*.tmp")]
     return any(path.is_file() for name in written for path in folder.glob(name)) or any(folder.glob("checkpoint-*"))
 
 

@@ -14,7 +14,7 @@ from tiny import lm_batch, tiny_adapted
 
 from adazeta import UserError, ZerothOrder
 from adazeta.errors import JournalError
-from adazeta.journal import INITIAL_NAME, NAME, Journal, read, steps
+from adazeta.journal import NAME, Journal, initial_path, read, steps
 from adazeta.journal_format import header_bytes
 from adazeta.losses import lm_loss
 from adazeta.replay import replay
@@ -35,6 +35,10 @@ def train(folder, steps_to_do=4, noise=0.0, model_settings=None, **settings):
     return model, opt
 
 
+def initial_file(folder):
+    return initial_path(folder / NAME, read(folder / NAME).header)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -52,7 +56,7 @@ def test_replay_rebuilds_the_adapter_bit_for_bit(tmp_path, settings, noise):
     assert rebuilt.keys() == saved.keys()
     assert all(torch.equal(rebuilt[name], saved[name]) for name in saved)
     # An untouched start needs only the seed; one that was moved has its values beside the journal.
-    assert (tmp_path / INITIAL_NAME).exists() == (noise > 0)
+    assert initial_file(tmp_path).exists() == (noise > 0)
 
 
 def test_replay_with_a_trained_head(tmp_path):
@@ -108,6 +112,39 @@ def test_resume_keeps_every_whole_step_and_heals_a_torn_record(tmp_path):
         journal.append(Step(done, 0.5, 0.0, 0.0, (1.0,)))
         journal.close()
         assert [s.lr for s in steps(path)] == [0.1 / (k + 1) for k in range(done)] + [0.5]
+
+
+def test_a_record_that_ends_in_zeros_to_the_end_of_the_file_is_torn_wherever_they_begin(tmp_path):
+    train(tmp_path, steps_to_do=4)
+    path = tmp_path / NAME
+    whole, ends, header = path.read_bytes(), read(path).ends, read(path).header
+    for begin in range(ends[2], ends[3]):
+        for size in (ends[3], ends[4], ends[4] + 4096):
+            path.write_bytes(whole[:begin] + bytes(size - begin))
+            if whole[begin : ends[3]].strip(b"\0"):  # else all of the record is there
+                with pytest.raises(JournalError, match=f"cut off at byte {ends[2]}, inside the record after step 1"):
+                    read(path)
+                assert len(read(path, repair=True).steps) == 2
+    journal, kept = Journal.resume(path, header)
+    journal.close()
+    assert len(kept) in (2, 3) and path.stat().st_size == ends[len(kept)]
+
+
+def test_zeros_that_hide_no_end_are_damage(tmp_path):
+    train(tmp_path, steps_to_do=4)
+    path = tmp_path / NAME
+    whole, ends = path.read_bytes(), read(path).ends
+    for at, zeros, behind in (
+        (ends[1] + 40, ends[2] - ends[1] - 40, 0),  # whole records follow
+        (ends[1] + 40, 10, 0),
+        (ends[3] + 40, 10, 0),  # in the last record: its checksum is there
+        (ends[3] + 81, 4, 4096),
+        (ends[3] + 40, ends[4] - ends[3] - 41, 0),  # the last byte is there
+    ):
+        path.write_bytes(whole[:at] + bytes(zeros) + whole[at + zeros :] + bytes(behind))
+        record = 1 if at < ends[2] else 3
+        with pytest.raises(JournalError, match=f"damaged at byte {ends[record]} "):
+            read(path, repair=True)
 
 
 def test_damage_in_the_middle_is_refused_with_its_place_and_nothing_is_cut(tmp_path):
@@ -196,6 +233,7 @@ def test_another_version_and_hostile_headers_are_named(tmp_path):
         ("version", 3),
         ("run_seed", 2**64),
         ("run_seed", True),
+        ("initial_sha256", "../../elsewhere"),
         ("distribution", "cauchy"),
         ("sites", [{"name": "x", "layout": [1, 2, 3]}]),
         ("params", [{"name": "w", "shape": [-1], "decayed": True}]),
@@ -239,7 +277,7 @@ def test_more_numbers_than_a_header_makes_are_kept_in_a_file(tmp_path, monkeypat
     for module in ("replay", "recording"):
         monkeypatch.setattr(f"adazeta.{module}.MOST_NUMBERS", 100)
     model, _ = train(tmp_path)
-    assert (tmp_path / INITIAL_NAME).exists() and torch.equal(
+    assert initial_file(tmp_path).exists() and torch.equal(
         replay(tmp_path).trainable.tensors[0], model.base_model.theta()
     )
 
@@ -247,8 +285,8 @@ def test_more_numbers_than_a_header_makes_are_kept_in_a_file(tmp_path, monkeypat
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.double(), lambda t: t[None]])
 def test_initial_values_of_another_shape_or_kind_are_named(tmp_path, change):
     train(tmp_path, noise=0.2)
-    values = load_file(tmp_path / INITIAL_NAME)
-    save_file({name: change(value).contiguous() for name, value in values.items()}, tmp_path / INITIAL_NAME)
+    values = load_file(initial_file(tmp_path))
+    save_file({name: change(value).contiguous() for name, value in values.items()}, initial_file(tmp_path))
     with pytest.raises(JournalError, match="as 'theta', expected numbers of shape") as caught:
         replay(tmp_path)
     assert caught.value.key == "theta"
@@ -285,6 +323,29 @@ def test_full_disk_keeps_whole_records_and_theta(tmp_path, monkeypatch):
     assert (tmp_path / NAME).stat().st_size == size and len(list(steps(tmp_path / NAME))) == 1
 
 
+def test_a_loop_goes_on_after_ctrl_c_in_the_middle_of_a_record(tmp_path, monkeypatch):
+    opt = ZerothOrder(tiny_adapted(layers=1), lr=0.1, queries=2)
+    opt.write_journal(tmp_path / NAME, fsync_every=1)
+    fsync, presses = os.fsync, [2]
+
+    def interrupted(descriptor):  # the record is in the file, and the disk takes its time
+        fsync(descriptor)
+        if presses and opt.step_index == presses[0]:
+            presses.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    while opt.step_index < 4:
+        try:
+            opt.estimate(lm_loss, lm_batch(4, seed=opt.step_index))
+            opt.step()
+        except KeyboardInterrupt:
+            assert len(read(tmp_path / NAME).steps) == 2
+            opt.zero_grad()
+    opt.journal.close()
+    assert not presses and [step.index for step in steps(tmp_path / NAME)] == [0, 1, 2, 3]
+
+
 def test_steps_are_recorded_in_order(tmp_path):
     _, opt = train(tmp_path, steps_to_do=1)
     journal, _ = Journal.resume(tmp_path / NAME, read(tmp_path / NAME).header)
@@ -302,7 +363,7 @@ def test_no_journal_and_foreign_files(tmp_path):
 
 def test_initial_values_of_another_run_are_refused(tmp_path):
     train(tmp_path, noise=0.2)
-    values = load_file(tmp_path / INITIAL_NAME)
-    save_file({k: v + 1 for k, v in values.items()}, tmp_path / INITIAL_NAME)
+    values = load_file(initial_file(tmp_path))
+    save_file({k: v + 1 for k, v in values.items()}, initial_file(tmp_path))
     with pytest.raises(UserError, match="differ from those of the run"):
         replay(tmp_path)
