@@ -12,7 +12,7 @@ from adazeta.calibration import LEVELS, Calibration, Run, measure
 from adazeta.data import row_tokens
 from adazeta.errors import UserError
 from adazeta.options import section
-from adazeta.prepare import TRIED, steps_of, to_measure, with_numbers, zo_config
+from adazeta.prepare import TRIED, steps_of, steps_per_epoch, to_measure, with_numbers, zo_config
 from adazeta.runs import Classifier
 
 BATCHES, DIRECTIONS = 8, 32
@@ -36,8 +36,7 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
     from adazeta.schedule import as_schedule
 
     train, zo = section("train", settings, preset), section("zo", settings, preset)
-    per_epoch = max(1, math.ceil(examples / (settings["batch_size"] * settings["accumulate"])))
-    steps = steps_of(settings, preset, examples)
+    steps, per_epoch = steps_of(settings, preset, examples), steps_per_epoch(settings, examples)
     warmup = train.get("warmup_steps", 0)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:

@@ -202,12 +202,17 @@ def zo_config(settings: Mapping[str, Any], preset: str, examples: int | None = N
     return ZOConfig(**keywords)
 
 
+def steps_per_epoch(settings: Mapping[str, Any], examples: int) -> int:
+    """Return the steps of an epoch, which ends with the examples that are left over, as the Trainer's does."""
+    return max(1, math.ceil(examples / (settings["batch_size"] * settings["accumulate"])))
+
+
 def steps_of(settings: Mapping[str, Any], preset: str, examples: int) -> int:
-    """Return the steps of a run on so many training examples."""
+    """Return the steps of a run on so many training examples, as the Trainer counts them."""
     keywords = section("train", settings, preset)
     if (steps := keywords.get("max_steps", -1)) > 0:
         return steps
-    return math.ceil(keywords.get("num_train_epochs", 3) * examples / (settings["batch_size"] * settings["accumulate"]))
+    return math.ceil(keywords.get("num_train_epochs", 3) * steps_per_epoch(settings, examples))
 
 
 def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say, processes: int = 1) -> dict[str, Any]:
