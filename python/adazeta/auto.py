@@ -144,13 +144,8 @@ def resolve_auto(
 
 
 def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings of a resumed run: what trials found when it began stays.
-
-    An epsilon that is named again finds its noise again: a journal with another noise then refuses to go on.
-    """
+    """Return the settings of a resumed run: what trials found when it began stays."""
     if not stored:
         return dict(settings)
     found = {name: stored[name] for name in TRIED if settings[name] == "auto" and name in stored}
-    if settings["dp_epsilon"] is not None and settings["dp_noise"] == stored.get("dp_noise"):
-        found["dp_noise"] = None
     return {**settings, **found}

@@ -217,7 +217,13 @@ def test_the_command_line_keeps_to_epsilon_and_resumes(tmp_path, capsys):
 
     (tmp_path / "run").rename(tmp_path / "run.partial")  # as if it had been killed before its last rename
     resume = ("train", "--output", tmp_path / "run", "--resume")
-    assert "config.privacy" in fails(capsys, *resume, "--dp-epsilon", 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more in (("--dp-epsilon", 1), ("--steps", 8), ("--steps", 8, "--dp-epsilon", 4)):
+        line = fails(capsys, *resume, *more)
+        assert f"steps with this run's noise, {spent['noise_multiplier']:g}, spend epsilon" in line
+        assert f"expected {more[-1] if '--dp-epsilon' in more else 4} at most (--dp-epsilon)" in line
+    assert "config.privacy" in fails(capsys, *resume, "--dp-noise", 2 * spent["noise_multiplier"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     code, out, err = main(capsys, *resume, "--dp-epsilon", 4)
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"] == spent
