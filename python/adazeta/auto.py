@@ -12,7 +12,7 @@ from adazeta.calibration import LEVELS, Calibration, Run, measure
 from adazeta.data import row_tokens
 from adazeta.errors import UserError
 from adazeta.options import section
-from adazeta.prepare import TRIED, steps_of, to_measure, with_numbers, zo_config
+from adazeta.prepare import TRIED, steps_of, steps_per_epoch, to_measure, with_numbers, zo_config
 from adazeta.runs import Classifier
 
 BATCHES, DIRECTIONS = 8, 32
@@ -36,8 +36,7 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
     from adazeta.schedule import as_schedule
 
     train, zo = section("train", settings, preset), section("zo", settings, preset)
-    per_epoch = max(1, math.ceil(examples / (settings["batch_size"] * settings["accumulate"])))
-    steps = steps_of(settings, preset, examples)
+    steps, per_epoch = steps_of(settings, preset, examples), steps_per_epoch(settings, examples)
     warmup = train.get("warmup_steps", 0)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
@@ -145,13 +144,8 @@ def resolve_auto(
 
 
 def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings of a resumed run: what trials found when it began stays.
-
-    An epsilon that is named again finds its noise again: a journal with another noise then refuses to go on.
-    """
+    """Return the settings of a resumed run: what trials found when it began stays."""
     if not stored:
         return dict(settings)
     found = {name: stored[name] for name in TRIED if settings[name] == "auto" and name in stored}
-    if settings["dp_epsilon"] is not None and settings["dp_noise"] == stored.get("dp_noise"):
-        found["dp_noise"] = None
     return {**settings, **found}

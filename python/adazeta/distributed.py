@@ -2,8 +2,8 @@
 
 Ranks form a grid of data x queries. Ranks of one row hold the same examples and share out the step's queries, so that
 each direction is probed by one of them; ranks of one column probe the same directions on examples of their own. One
-all-gather per step brings everybody 8 bytes per query and 56 more from every rank; all then make the same update, which
-a digest of theta in the same message checks every few steps::
+all-gather per step brings everybody 8 bytes per query and 64 more from every rank; all then make the same update, which
+the learning rate and, every few steps, a digest of theta in the same message check::
 
     ranks = join()  # None where torchrun did not start several processes
     opt = ZerothOrder(model, queries=16, ranks=ranks)
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .digests import code_sha256
+from .digests import code_sha256, crc_of
 from .errors import ToldEverywhere, UserError
 from .journal import read
 from .journal_format import difference, shown
@@ -34,7 +34,8 @@ from .recording import describe_run
 from .replay import initial_values
 from .update import Trainable
 
-_HEAD = 7  # numbers ahead of those of the queries: rows of a probe, loss sum, finite losses, rows, losses, digest, stop
+# Numbers ahead of those of the queries: rows of a probe, loss sum, finite losses, rows, losses, digest, stop, rate.
+_HEAD = 8
 TIMEOUT = timedelta(minutes=30)  # rank 0 may evaluate while the others wait for it
 LATE, INTERRUPTED = 1, 2  # why a rank wants to stop
 
@@ -63,7 +64,7 @@ class Ranks:
 
     Args:
         data: ranks that the data is spread over; the number of all ranks must be a multiple of it.
-        check_every: steps after which all ranks compare a digest of theta.
+        check_every: steps after which all ranks compare a digest of theta, as they do at the first step of their own.
         group: a process group of ``torch.distributed``; all ranks by default.
 
     ``stop`` is this rank's wish to end the run, for a reason that others do not see, such as a clock: ``LATE`` or
@@ -95,7 +96,7 @@ class Ranks:
         return take_rows(batch, torch.arange(row * number // self.data, (row + 1) * number // self.data))
 
     def gather(
-        self, losses: torch.Tensor, queries: int, step: int, digest: int, rows: int, *, central: bool
+        self, losses: torch.Tensor, queries: int, step: int, digest: int, rows: int, *, lr: float, central: bool
     ) -> Gathered:
         """Exchange what every rank found.
 
@@ -105,10 +106,11 @@ class Ranks:
             step: step number, to say when ranks part.
             digest: CRC-32 of theta, or 0 where none is due.
             rows: forward rows of this rank.
+            lr: learning rate of the step.
             central: two probes a query whose difference counts.
 
         Raises:
-            RuntimeError: ranks hold another theta, or another number of examples in a row of the grid.
+            ToldEverywhere: ranks hold another theta, learning rate, or number of examples in a row of the grid.
 
         Numerics: losses are summed in float64, exactly as long as they differ by less than 2^20 in size, so the result
         does not depend on how they are spread over ranks.
@@ -119,7 +121,7 @@ class Ranks:
         finite = losses[torch.isfinite(losses)].double()
         most = groups * max(len(self.queries(queries, rank)) for rank in range(self.columns))
         message = torch.zeros(_HEAD + most, dtype=torch.float64)
-        head = (rows_per_probe, float(finite.sum()), len(finite), rows, losses.numel(), digest, self.stop)
+        head = (rows_per_probe, float(finite.sum()), len(finite), rows, losses.numel(), digest, self.stop, lr)
         message[:_HEAD] = torch.tensor(head, dtype=torch.float64)
         message[_HEAD : _HEAD + len(own)] = own
         received = self._exchange(message, f"step {step}")
@@ -165,13 +167,28 @@ class Ranks:
             ) from error
 
     def _check(self, heads: torch.Tensor, step: int) -> None:
-        digests = heads[:, 5].tolist()
-        if len(set(digests)) > 1:
-            other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            raise RuntimeError(f"before step {step} theta on rank {other[0]} differs from that on rank 0")
+        _check_theta(heads[:, 5].tolist(), f"before step {step}")
+        rates = heads[:, 7].tolist()
+        for rank, rate in enumerate(rates):
+            if rate != rates[0]:
+                raise ToldEverywhere(
+                    f"step {step}: rank {rank} has another learning rate than rank 0: {rate}, expected {rates[0]}"
+                )
         sizes = heads[:, 0].view(self.data, self.columns)
         if (sizes != sizes[:, :1]).any():
-            raise RuntimeError(f"step {step}: ranks that share queries got batches of {sizes.int().tolist()} examples")
+            raise ToldEverywhere(
+                f"step {step}: ranks that share queries got batches of {sizes.int().tolist()} examples"
+            )
+
+    def check_end(self, optimizer) -> None:
+        """Check, behind the last step, that all ranks end with the same theta.
+
+        Raises:
+            ToldEverywhere: they do not.
+        """
+        digest = torch.tensor([crc_of(optimizer.trainable().tensors)], dtype=torch.float64)
+        when = f"after step {optimizer.step_index - 1}"
+        _check_theta(self._exchange(digest, when).flatten().tolist(), when)
 
     def check(self, optimizer) -> None:
         """Check that many ranks can do what the settings of ``optimizer`` ask for; a ``ValueError`` says what not."""
@@ -283,6 +300,12 @@ def join(data: int = 1, *, timeout: timedelta = TIMEOUT, **keywords) -> Ranks | 
                 f"{where} cannot join the others ({_reason(error)}); torchrun starts all of them"
             ) from error
     return Ranks(data, **keywords)
+
+
+def _check_theta(digests: list[float], when: str) -> None:
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ToldEverywhere(f"{when} theta on rank {rank} differs from that on rank 0")
 
 
 def _life(store, rank: int, size: int, timeout: timedelta) -> str:

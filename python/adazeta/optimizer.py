@@ -217,10 +217,11 @@ class ZerothOrder(torch.optim.Optimizer):
             rows = self._rows_each * self.privacy.batch_size
         number, evaluations = losses.shape[-1], losses.numel()
         if self.ranks:
-            due = self.step_index % self.ranks.check_every == 0
+            due = self.step_index % self.ranks.check_every == 0 or self.step_index == len(self._recorded)
             digest = crc_of(self.trainable().tensors) if due else 0
             central = self.difference == "central"
-            found = self.ranks.gather(losses, queries, self.step_index, digest, rows, central=central)
+            lr = float(self.param_groups[0]["lr"]) * self.guard.lr_factor
+            found = self.ranks.gather(losses, queries, self.step_index, digest, rows, lr=lr, central=central)
             sums, number, loss, rows, evaluations = astuple(found)
         else:
             sums = losses.double().sum(-1)

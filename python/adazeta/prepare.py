@@ -209,23 +209,33 @@ def zo_config(settings: Mapping[str, Any], preset: str, examples: int | None = N
     return ZOConfig(**keywords)
 
 
+def steps_per_epoch(settings: Mapping[str, Any], examples: int) -> int:
+    """Return the steps of an epoch, which ends with the examples that are left over, as the Trainer's does."""
+    return max(1, math.ceil(examples / (settings["batch_size"] * settings["accumulate"])))
+
+
 def steps_of(settings: Mapping[str, Any], preset: str, examples: int) -> int:
-    """Return the steps of a run on so many training examples."""
+    """Return the steps of a run on so many training examples, as the Trainer counts them."""
     keywords = section("train", settings, preset)
     if (steps := keywords.get("max_steps", -1)) > 0:
         return steps
-    return math.ceil(keywords.get("num_train_epochs", 3) * examples / (settings["batch_size"] * settings["accumulate"]))
+    return math.ceil(keywords.get("num_train_epochs", 3) * steps_per_epoch(settings, examples))
 
 
-def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say, processes: int = 1) -> dict[str, Any]:
-    """Return the settings with the noise that ``dp_epsilon`` asks for; a resumed run finds it there.
+def settle_privacy(
+    settings: Mapping[str, Any], preset: str, examples: int, say, processes: int = 1, *, resume: bool = False
+) -> dict[str, Any]:
+    """Return the settings with the noise that ``dp_epsilon`` asks for.
+
+    A resumed run finds both there: it keeps its noise, and what it was asked to keep within.
 
     Raises:
-        UserError: settings out of their range, both of them, more than one process, or no accountant library.
+        UserError: settings out of their range, both for a new run, more steps than epsilon allows, more than one
+            process, or no accountant library.
     """
     if settings["dp_epsilon"] is None and settings["dp_noise"] is None:
         return dict(settings)
-    if settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
+    if not resume and settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
         raise UserError("private training: --dp-epsilon asks for a noise, and --dp-noise gives it: give one of them")
     if processes > 1:
         raise UserError(
@@ -240,10 +250,16 @@ def settle_privacy(settings: Mapping[str, Any], preset: str, examples: int, say,
         if settings["dp_noise"] is None:
             sizes = {"batch_size": settings["batch_size"], "examples": examples, "delta": settings["dp_delta"]}
             privacy = Privacy.for_epsilon(settings["dp_epsilon"], steps=steps, clip=settings["dp_clip"], **sizes)
-            settings = {**settings, "dp_noise": privacy.noise_multiplier, "dp_epsilon": None}
+            settings = {**settings, "dp_noise": privacy.noise_multiplier}
         privacy = zo_config(settings, preset, examples).privacy
     except ValueError as error:
         raise UserError(f"private training: {error}") from error
-    spent = f"epsilon {privacy.epsilon(steps):.3g} at delta {privacy.delta:g} after {steps:,} steps"
+    epsilon, asked = privacy.epsilon(steps), settings["dp_epsilon"]
+    if asked is not None and not epsilon <= asked:
+        raise UserError(
+            f"private training: {steps:,} steps with this run's noise, {privacy.noise_multiplier:g}, spend epsilon "
+            f"{epsilon:.5g}, expected {asked:g} at most (--dp-epsilon): take fewer --steps"
+        )
+    spent = f"epsilon {epsilon:.3g} at delta {privacy.delta:g} after {steps:,} steps"
     say(f"private: noise {privacy.noise_multiplier:g} x clip {privacy.clip:g}, so {spent}")
     return dict(settings)

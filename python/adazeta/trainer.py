@@ -364,12 +364,19 @@ class _JournalCallback(TrainerCallback):
         optimizer = self.trainer.zeroth_order
         if hasattr(lr_scheduler, "base_lrs"):  # a checkpoint holds those of the run that wrote it
             lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            # And the rate of its schedule, which may be another now: who comes from the journal alone has this one's.
+            for group, factor in zip(optimizer.param_groups, getattr(lr_scheduler, "lr_lambdas", ())):
+                group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
             lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         self.trainer._last_log = (time.perf_counter(), optimizer.rows)
         if self.trainer.journal_wanted:
             self.trainer.open_journal()
         elif self.trainer.ranks is not None:
             self.trainer.ranks.agree(optimizer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.ranks is not None:
+            self.trainer.ranks.check_end(self.trainer.zeroth_order)
 
 
 def _explain_no_finite_loss(model: torch.nn.Module) -> str:

@@ -254,7 +254,7 @@ def train(
 
     splits, settings = together(ranks, lambda: load_data(settle(settings, say, given), say), "data")
     processes = ranks.size if ranks is not None else 1
-    settings = settle_privacy(settings, preset, len(splits["train"]), say, processes)
+    settings = settle_privacy(settings, preset, len(splits["train"]), say, processes, resume=resume)
     if test and not splits["test"]:
         raise UserError(
             f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "

@@ -161,6 +161,35 @@ def test_a_rank_with_another_theta_is_found(tmp_path):
     assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
 
 
+def test_a_rank_that_parts_is_found_at_its_first_step_and_at_its_last(tmp_path):
+    model = tiny_adapted()
+    settings = {**SETTINGS, "queries": 2}
+    whole = ZerothOrder(model, **settings)
+    whole.write_journal(tmp_path / NAME)
+    train(whole)
+    whole.journal.close()
+    model = tiny_adapted()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(), **settings)
+        open_journal(opt, tmp_path / NAME, resume=True)
+        train(opt)
+        opt.ranks.check_end(opt)
+        number = model.base_model.theta()[3].item()
+        if rank == 1:
+            model.base_model.theta()[3] += 1e-3
+        with pytest.raises(UserError, match="before step 4 theta on rank 1 differs from that on rank 0"):
+            opt.estimate(losses_one_by_one, lm_batch(6))
+        with pytest.raises(UserError, match="after step 3 theta on rank 1 differs from that on rank 0"):
+            opt.ranks.check_end(opt)
+        model.base_model.theta()[3] = number
+        opt.param_groups[0]["lr"] /= 1 + rank
+        with pytest.raises(UserError, match="step 4: rank 1 has another learning rate than rank 0: 0.05, expected 0.1"):
+            opt.estimate(losses_one_by_one, lm_batch(6))
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
 def test_ranks_that_were_killed_rejoin_from_the_journal(tmp_path):
     model = tiny_adapted()
 
@@ -239,7 +268,7 @@ def test_a_message_is_small_and_bad_grids_are_refused(tmp_path):
         dist.all_gather = weighed
         opt = ZerothOrder(tiny_adapted(), ranks=Ranks(), queries=5, **SETTINGS)
         train(opt)
-        assert sent == [56 + 8 * 3] * STEPS
+        assert sent == [64 + 8 * 3] * STEPS
         for arguments in ((3,), (0,)):
             with pytest.raises(ValueError, match="expected a divisor"):
                 Ranks(*arguments)

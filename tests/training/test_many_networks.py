@@ -125,6 +125,6 @@ def test_four_ranks_in_four_networks_end_with_the_bits_of_one(tmp_path):
     finally:
         torch.set_num_threads(threads)
     print("bytes sent per rank and step, with the frames of gloo, TCP and Ethernet:", [round(n) for _, n in found])
-    # A ring passes every message on to all others. Each is 56 bytes and 8 per query; frames and answers are the rest.
-    message = 56 + 8
+    # A ring passes every message on to all others. Each is 64 bytes and 8 per query; frames and answers are the rest.
+    message = 64 + 8
     assert all((RANKS - 1) * message < sent < 5000 for _, sent in found)

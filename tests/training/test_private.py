@@ -10,11 +10,12 @@ from tiny import lm_batch, tiny_adapted
 from tiny_run import ADAPTER, SAME_BITS, cli, fails, main, write_data, write_model
 from transformers import TrainingArguments
 
-from adazeta import ZerothOrder, ZOConfig, ZOTrainer, privacy
+from adazeta import ZerothOrder, ZOConfig, ZOTrainer, options, privacy
 from adazeta.errors import UserError
 from adazeta.journal import NAME, read
 from adazeta.losses import lm_loss
-from adazeta.prepare import settle_privacy
+from adazeta.prepare import settle_privacy, steps_of, steps_per_epoch
+from adazeta.presets import PRESETS, Preset
 from adazeta.privacy import PoissonBatches, Privacy
 
 SIZES = {"batch_size": 4, "examples": 40, "delta": 1e-3}
@@ -156,6 +157,34 @@ def test_the_trainer_draws_batches_and_its_files_tell_nothing_of_them(tmp_path):
         trainer.get_train_dataloader()
 
 
+@pytest.mark.parametrize("epochs", [None, 0.4, 2.5])
+@pytest.mark.parametrize(("batch", "accumulate"), [(16, 1), (7, 1), (5, 3), (16, 3), (60, 1)])
+def test_steps_are_counted_as_the_trainer_makes_them(tmp_path, monkeypatch, epochs, batch, accumulate):
+    """All 54 examples are seen in each epoch, so each may end with a smaller step."""
+    train = {} if epochs is None else {"num_train_epochs": epochs}
+    monkeypatch.setitem(PRESETS, "epochs", Preset(train=train))
+    settings = {**options.resolve({}, options.TRAIN), "steps": None, "batch_size": batch, "accumulate": accumulate}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, **train
+    )
+    trainer = ZOTrainer(tiny_adapted(layers=1), arguments, train_dataset=[{"labels": torch.ones(3)}] * 54)
+    made = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
+    assert steps_of(settings, "epochs", 54) == made
+    assert steps_per_epoch(settings, 54) == trainer._steps_per_epoch()
+
+
+def test_epsilon_holds_where_steps_come_from_epochs(tmp_path, capsys):
+    write_model(tmp_path / "base")
+    write_data(tmp_path / "data.jsonl")
+    where = ["--model", tmp_path / "base", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "run"]
+    small = ["--preset", "paper", "--batch-size", 16, "--directions", "batch", *SAME_BITS, *ADAPTER]
+    code, _, err = main(capsys, "train", *where, *small, "--dp-epsilon", 3, "--dp-delta", 1e-3)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["training"]["steps"] == 12  # 3 epochs of 54 examples: 16, 16, 16 and 6
+    assert 2.99 < summary["privacy"]["epsilon"] <= 3
+
+
 def test_many_processes_are_refused_before_a_model_is_loaded():
     with pytest.raises(UserError, match="drawn in one process, got 2"):
         settle_privacy({"dp_epsilon": None, "dp_noise": 1.0, "head_start": None}, "default", 40, print, processes=2)
@@ -188,7 +217,13 @@ def test_the_command_line_keeps_to_epsilon_and_resumes(tmp_path, capsys):
 
     (tmp_path / "run").rename(tmp_path / "run.partial")  # as if it had been killed before its last rename
     resume = ("train", "--output", tmp_path / "run", "--resume")
-    assert "config.privacy" in fails(capsys, *resume, "--dp-epsilon", 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more in (("--dp-epsilon", 1), ("--steps", 8), ("--steps", 8, "--dp-epsilon", 4)):
+        line = fails(capsys, *resume, *more)
+        assert f"steps with this run's noise, {spent['noise_multiplier']:g}, spend epsilon" in line
+        assert f"expected {more[-1] if '--dp-epsilon' in more else 4} at most (--dp-epsilon)" in line
+    assert "config.privacy" in fails(capsys, *resume, "--dp-noise", 2 * spent["noise_multiplier"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     code, out, err = main(capsys, *resume, "--dp-epsilon", 4)
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"] == spent

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny_run import ADAPTER, SAME_BITS, main, write_data, write_model
 from adazeta import ZerothOrder, ZOConfig
 from adazeta.distributed import join
 from adazeta.journal import NAME, read
+from adazeta.progress import Limits
 
 DIES = """
 import os, signal, sys
@@ -158,6 +160,43 @@ def test_ctrl_c_or_the_clock_of_one_rank_stops_all_after_the_same_step(folder, t
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert main(capsys, *train(folder, tmp_path / "one"))[0] == 0
     assert steps(tmp_path / "run") == steps(tmp_path / "one")[:4]
+
+
+def test_ranks_stay_together_in_a_run_resumed_with_another_schedule(folder, tmp_path, capsys, monkeypatch):
+    """Rank 0 goes on from its checkpoint, rank 1 from the journal: both by the schedule of now."""
+
+    def stop(self, args, state, control, **kwargs):
+        self.interrupted = control.should_save = control.should_training_stop = state.global_step == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Limits, "on_step_end", stop)
+        assert main(capsys, *train(folder, tmp_path / "many"))[0] == 130
+    shutil.copytree(tmp_path / "many.partial", tmp_path / "one.partial")
+    shutil.rmtree(tmp_path / "one.partial" / "checkpoint-3")
+    more = ("--resume", "--lr-schedule", "linear", "--warmup-steps", 2)
+    command = train(folder, tmp_path / "many", *more, steps=8)
+    statuses, printed = commands_on_ranks(tmp_path / "work", command, command)
+    assert statuses == [0, 0], printed
+    assert main(capsys, *train(folder, tmp_path / "one", *more, steps=8))[0] == 0
+    assert steps(tmp_path / "many") == steps(tmp_path / "one")
+    assert adapter(tmp_path / "many") == adapter(tmp_path / "one")
+    rates = [step.lr for step in read(tmp_path / "many" / NAME).steps]
+    assert rates[3:] == [0.01 * max(0.0, (8 - k) / 6) for k in range(3, 8)]
+
+
+def test_ranks_that_end_with_different_numbers_say_so(folder, tmp_path, monkeypatch):
+    whole = ZerothOrder.step
+
+    def step(self, *arguments):
+        whole(self, *arguments)
+        if self.step_index == 5 and self.ranks.rank == 1:
+            self.trainable().tensors[0][3] += 1e-3
+
+    monkeypatch.setattr(ZerothOrder, "step", step)
+    statuses, printed = commands_on_ranks(tmp_path / "work", *[train(folder, tmp_path / "run")] * 2)
+    assert statuses == [2, 2], printed
+    assert "error: after step 4 theta on rank 1 differs from that on rank 0" in printed[0][1]
+    assert not printed[1][1] and (tmp_path / "run.partial").is_dir() and not (tmp_path / "run").exists()
 
 
 def test_the_trainer_in_two_ranks(tmp_path):

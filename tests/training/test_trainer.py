@@ -1,6 +1,7 @@
 """``ZOTrainer``: Trainer's own loop, resume bit for bit, no backward, logs, callbacks, NaN in the base model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_a_resumed_run_takes_the_settings_it_is_given(tmp_path):
             control.should_training_stop = state.global_step == 3
 
     trainer(tmp_path / "cut", lr_scheduler_type="cosine", callbacks=[Stop()]).train()
+    shutil.copytree(tmp_path / "cut", tmp_path / "again")
     zo = ZOConfig(eps=0.05, queries=2, momentum=0.5)
     again = trainer(tmp_path / "cut", lr_scheduler_type="cosine", learning_rate=0.05, weight_decay=0.2, zo=zo)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
@@ -98,6 +100,15 @@ def test_a_resumed_run_takes_the_settings_it_is_given(tmp_path):
     assert [(s.momentum, s.weight_decay) for s in after] == [(0.9, 0.0)] * 3 + [(0.5, 0.2)] * 3
     logs = [entry["learning_rate"] for entry in again.state.log_history if "loss" in entry]
     assert logs[3:] == [s.lr for s in after[3:]]
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "learning_rate": 0.05, "max_steps": 8}
+    for name, checkpoint in (("cut", "checkpoint-3"), ("again", None)):
+        shutil.copytree(tmp_path / "again", tmp_path / f"{name}-on")
+        again = trainer(tmp_path / f"{name}-on", **settings)
+        again.journal_wanted = "resume"
+        again.train(resume_from_checkpoint=checkpoint and str(tmp_path / f"{name}-on" / checkpoint))
+    after = list(steps(tmp_path / "cut-on" / NAME))
+    assert [s.lr for s in after[3:]] == [0.05 * ((8 - k) / 6) for k in range(3, 8)]
+    assert (tmp_path / "cut-on" / NAME).read_bytes() == (tmp_path / "again-on" / NAME).read_bytes()
 
 
 def test_a_run_resumed_at_its_last_step_makes_no_more(tmp_path):
