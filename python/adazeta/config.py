@@ -1,5 +1,6 @@
 """``ZOConfig``: the settings of the zeroth-order step that ``transformers.TrainingArguments`` has no place for."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +53,16 @@ class ZOConfig:
 
 def check_update(lr: float, momentum: float, weight_decay: float) -> None:
     """Check the settings of an update; a ``ValueError`` names what is out of its range."""
-    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+    if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf and 0 <= momentum < 1):
         raise ValueError(
-            f"expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got {lr=}, {weight_decay=}, {momentum=}"
+            f"expected finite lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got {lr=}, {weight_decay=}, {momentum=}"
         )
 
 
 def check_probes(eps: float, directions: str | int, difference: str, distribution: str, run_seed: int) -> None:
     """Check the settings that decide where the probes are; a ``ValueError`` names what is out of its range."""
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
     if directions not in ("batch", "example") and not (isinstance(directions, int) and directions >= 1):
         raise ValueError(f"directions must be 'batch', 'example' or a number of groups, got {directions!r}")
     probe_signs(difference)

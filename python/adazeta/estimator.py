@@ -4,6 +4,7 @@ Shapes: G groups of examples, Q queries (directions) per group, S probes per que
 direction of its own; the estimate of the gradient is ``sum_j c_j z_j`` over all of them, with the coefficients below.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -116,16 +117,16 @@ def coefficients(
         clip: bound on ``|d_j| / s``, or None; a single outlier cannot then carry the whole step.
 
     Raises:
-        ValueError: unknown ``combine``, negative floor, or a clip that is not positive.
+        ValueError: unknown ``combine``, or a floor or clip out of its range or not finite.
 
     Source: FZOO (arXiv 2506.09034) and GRZO for the division by the spread of the projected gradients.
     """
     if combine not in COMBINES:
         raise ValueError(f"combine must be one of {COMBINES}, got {combine!r}")
-    if floor < 0:
-        raise ValueError(f"floor must not be negative, got {floor}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive or None, got {clip}")
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"floor must not be negative, and finite, got {floor}")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip must be positive and finite, or None, got {clip}")
     d = d.double().reshape(-1)
     used = torch.isfinite(d)
     number = int(used.sum())

@@ -7,8 +7,12 @@ from statistics import fmean, median
 
 import numpy as np
 
-from .update import Step, step_scales
+from .update import Step
 
+_MOST = float(np.finfo(np.float32).max)
+_FARTHEST = (
+    6.0  # no number of a direction is as far from 0: sqrt(48 ln 2) = 5.77 (docs/perturbation-spec.md, section 3)
+)
 POLICIES = ("stop", "rollback", "ignore")
 
 
@@ -43,6 +47,7 @@ class Guard:
     _spreads: deque = field(default_factory=deque)
     _losses: deque = field(default_factory=deque)
     _silent: int = 0
+    _momentum: float = 0.0  # bound on every number of the running direction, that of any step that was made
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -55,7 +60,8 @@ class Guard:
 
     def objection(self, step: Step) -> str:
         """Return why ``step`` must not be made, or ``""``."""
-        if not np.isfinite(step_scales(step).numpy()).all():  # it cannot be made
+        reach = self._reach(step)
+        if not all(size <= _MOST for size in (reach, step.lr * reach, step.lr * step.weight_decay)):
             return f"its update is beyond float32 (lr {step.lr:g}, spread {step.spread:g})"
         if self.policy == "ignore":
             return ""
@@ -75,6 +81,7 @@ class Guard:
             self._losses.clear()
             self._silent = 0
             return
+        self._momentum = max(self._momentum, self._reach(step))
         if math.isnan(step.loss):
             self._silent += 1
             return
@@ -86,3 +93,8 @@ class Guard:
         # The losses were measured before the step: so was the point that they speak for.
         if len(self._losses) >= self.window // 2 and fmean(self._losses) < self.best_loss:
             self.best_step, self.best_loss = step.index, fmean(self._losses)
+
+    def _reach(self, step: Step) -> float:
+        """Return a bound on every number of the direction that ``step`` takes, its momentum included."""
+        own = _FARTHEST * float(np.abs(np.asarray(step.coefficients, np.float64)).sum())
+        return own + step.momentum * self._momentum

@@ -19,11 +19,19 @@ def boolean(value) -> bool:
     raise ValueError(f"expected true or false, got {value!r}")
 
 
+def integer(value) -> int:
+    """Read an integer; of YAML's other values only a number that is one, such as 3.0."""
+    if isinstance(value, bool) or isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"expected an integer, got {value!r}")
+    return int(value)
+
+
 def positive(value) -> int:
     """Read an integer above zero."""
-    if isinstance(value, float) and value != int(value) or int(value) < 1:
+    number = integer(value)
+    if number < 1:
         raise ValueError(f"expected an integer of at least 1, got {value!r}")
-    return int(value)
+    return number
 
 
 def natural(value) -> int:

@@ -265,6 +265,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise RuntimeError("step() without estimate(): there is nothing to update with")
         result = coefficients(torch.cat(self._projected), combine=self.combine, floor=self.floor, clip=self.clip)
         group = self.param_groups[0]
+        check_update(*(group[name] for name in ("lr", "momentum", "weight_decay")))  # a schedule may have set them
         finite = [loss for loss in self._mean_losses if loss == loss]
         # A digest of every step where theta is small; of so few that they cost little where it is not.
         digest_due = self.journal is not None and self.step_index % (1 + (trainable.numel >> 16)) == 0

@@ -18,6 +18,7 @@ from adazeta.kinds import (
     boolean,
     cache_setting,
     directions,
+    integer,
     layers,
     names,
     natural,
@@ -82,7 +83,7 @@ MODEL = [
     ),
 ]
 ADAPTER = [
-    Option("rank", int, "TT rank of every bond", goes_to="tt.rank", default=5),
+    Option("rank", integer, "TT rank of every bond", goes_to="tt.rank", default=5),
     Option("bottleneck", positive, "width between down and up", goes_to="tt.bottleneck", default=64),
     Option("sites", names, "paper, published, mlp, or module names", goes_to="tt.sites", default="paper"),
     Option("layers", layers, "blocks with adapters: middle, or such as 0-5,29", goes_to="tt.layers_to_transform"),
@@ -92,7 +93,9 @@ ADAPTER = [
     Option("adapter-scale", float, "factor on the adapter's branch", goes_to="tt.scale", default=1.0),
     Option("init", str, "identity or paper", goes_to="tt.init", default="identity"),
     Option("init-gain", float, "standard deviation of down's output at the start", goes_to="tt.init_gain", default=1.0),
-    Option("init-seed", int, "64-bit seed of the initial numbers", goes_to="tt.init_seed", shown="the seed of the run"),
+    Option(
+        "init-seed", integer, "64-bit seed of the initial numbers", goes_to="tt.init_seed", shown="the seed of the run"
+    ),
 ]
 METHOD = [
     Option(
@@ -142,7 +145,7 @@ METHOD = [
     ),
 ]
 TRAINING = [
-    Option("seed", int, "64-bit seed of directions and of the order of the data", 0),
+    Option("seed", integer, "64-bit seed of directions and of the order of the data", 0),
     Option("steps", positive, "steps", goes_to="train.max_steps"),
     Option("rows", positive, "stop after so many forward rows", shown="no limit"),
     Option("max-minutes", float, "stop training after so many minutes", shown="no limit"),
@@ -230,7 +233,7 @@ def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, list[Optio
 
 
 def _metavar(option: Option) -> str:
-    return {int: "N", positive: "N", natural: "N", float: "X", number_or_auto: "X"}.get(option.kind, "TEXT")
+    return {integer: "N", positive: "N", natural: "N", float: "X", number_or_auto: "X"}.get(option.kind, "TEXT")
 
 
 def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adazeta.kinds import boolean, escaped, label_words, listed, mapping, positive
+from adazeta.kinds import boolean, escaped, integer, label_words, listed, mapping, positive
 from adazeta.option import Option
 
 DATA = [
@@ -50,7 +50,7 @@ SPLITTING = [
     Option(
         "shots", positive, "train on so many examples of each class, and hold out as many for dev", shown="all examples"
     ),
-    Option("shots-seed", int, "seed by which they are drawn", 0),
+    Option("shots-seed", integer, "seed by which they are drawn", 0),
 ]
 TASK = [
     Option(

@@ -72,6 +72,7 @@ def test_bad_settings(world, capsys, tmp_path):
     folder, _ = world
     for flags, message in [
         (("--lr", "fast"), "--lr: could not convert"),
+        (("--lr", "nan", "--momentum", 0.9), "settings: expected finite lr >= 0"),
         (("--steps", 0), "--steps: expected an integer of at least 1, got '0'"),
         (("--queries", "adaptive:1,2"), "--queries: expected adaptive:alpha,beta,maximum"),
         (("--label-words", "good"), "--label-words: expected label=word,label=word"),

@@ -90,7 +90,9 @@ def test_estimate_is_the_gradient_on_average():
         (lambda: projected_gradients(torch.zeros(1, 1, 1), 1.0, "forward"), "at least 2 queries"),
         (lambda: coefficients(torch.ones(1), combine="median"), "combine must be one of"),
         (lambda: coefficients(torch.ones(1), floor=-1.0), "floor must not be negative"),
+        (lambda: coefficients(torch.ones(1), floor=math.nan), "floor must not be negative, and finite, got nan"),
         (lambda: coefficients(torch.ones(1), clip=0.0), "clip must be positive"),
+        (lambda: coefficients(torch.ones(1), clip=math.inf), "clip must be positive and finite, or None, got inf"),
     ],
 )
 def test_bad_input(call, match):

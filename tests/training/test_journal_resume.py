@@ -198,13 +198,57 @@ def test_losses_that_are_no_numbers_stop_a_run_after_a_while_and_only_then(tmp_p
     assert ignoring.step_index == 10
 
 
-def test_an_update_beyond_float32_is_never_recorded(tmp_path):
-    opt = optimizer(lr=1e39, momentum=0.0, on_divergence="ignore", combine="mean")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 1e39, "momentum": 0.0},
+        {"lr": 1e39},
+        {"lr": 1e38, "combine": "spread"},  # a coefficient of 0.5, and numbers of the direction beyond 6.8
+        {"lr": 1e20, "weight_decay": 1e20},
+    ],
+)
+def test_an_update_beyond_float32_is_never_recorded(tmp_path, settings):
+    opt = optimizer(**{"on_divergence": "ignore", "combine": "mean", **settings})
     opt.write_journal(tmp_path / NAME)
     with pytest.raises(Diverged, match="beyond float32"):
         run(opt, 0, 1)
     opt.journal.close()
     assert not read(tmp_path / NAME).steps
+
+
+def test_the_momentum_of_earlier_steps_counts(tmp_path):
+    opt = optimizer(on_divergence="ignore", weight_decay=0.0)
+    opt.write_journal(tmp_path / NAME)
+    run(opt, 0, 3)
+    opt.param_groups[0]["lr"] = 3e38
+
+    def flat(model, batch):
+        return lm_loss(model, batch) * 0.0  # a step without a direction of its own
+
+    with pytest.raises(Diverged, match="step 3 is refused: its update is beyond float32"):
+        run(opt, 3, 4, flat)
+    opt.journal.close()
+    assert torch.isfinite(opt.model.base_model.theta()).all()
+    again = optimizer(on_divergence="ignore", weight_decay=0.0)
+    again.write_journal(tmp_path / NAME, resume=True)
+    run(again, 0, 3)
+    again.param_groups[0]["lr"] = 3e38
+    with pytest.raises(Diverged, match="step 3 is refused: its update is beyond float32"):
+        run(again, 3, 4, flat)
+    again.journal.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", math.nan), ("lr", math.inf), ("weight_decay", math.nan)])
+def test_what_a_schedule_sets_is_checked_before_it_is_recorded(tmp_path, name, value):
+    opt = optimizer(on_divergence="rollback")
+    opt.write_journal(tmp_path / NAME)
+    run(opt, 0, 2)
+    theta = opt.model.base_model.theta().clone()
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"expected finite lr >= 0, .*{name}={value}"):
+        run(opt, 2, 3)
+    opt.journal.close()
+    assert len(read(tmp_path / NAME).steps) == 2 and torch.equal(opt.model.base_model.theta(), theta)
 
 
 def test_rollback_without_a_journal_says_so():

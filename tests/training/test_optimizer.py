@@ -216,6 +216,13 @@ def test_last_smaller_batch_of_an_epoch_gets_fewer_groups():
     [
         ({"eps": 0.0}, "eps"),
         ({"lr": -1.0}, "lr >= 0"),
+        ({"lr": math.nan}, "finite lr >= 0"),
+        ({"lr": math.inf, "momentum": 0.9}, "finite lr >= 0"),
+        ({"weight_decay": math.nan}, "finite lr >= 0, weight_decay >= 0, .* got lr=0.01, weight_decay=nan"),
+        ({"weight_decay": math.inf}, "finite lr >= 0, weight_decay >= 0"),
+        ({"momentum": math.nan}, "momentum < 1"),
+        ({"eps": math.inf}, "eps must be positive and finite, got inf"),
+        ({"floor": math.nan}, "floor must not be negative, and finite, got nan"),
         ({"momentum": 1.0}, "momentum"),
         ({"directions": "token"}, "directions"),
         ({"difference": "backward"}, "difference"),
