@@ -221,7 +221,7 @@ class Ranks:
             UserError: on every rank, naming the first entry that differs.
         """
         grid = {"data_ranks": self.data, "ranks": self.size}
-        own = {**optimizer.defaults, **grid, **(identity or {})}
+        own = {**optimizer.defaults, **grid, "on_divergence": optimizer.guard.policy, **(identity or {})}
         header = self.together(lambda: {**describe_run(optimizer, own)[0], "code": code_sha256()}, "start")
         all_headers = self.gather_objects((header, optimizer.step_index), "start")
         first, first_step = all_headers[0]
@@ -234,6 +234,19 @@ class Ranks:
             if key:
                 raise ToldEverywhere(
                     f"rank {rank} has another {key} than rank 0: {shown(other, key)}, expected {shown(first, key)}"
+                )
+
+    def alike(self, values: Mapping[str, Any], when: str) -> None:
+        """Check that all ranks have the same ``values``.
+
+        Raises:
+            ToldEverywhere: naming the first that differs.
+        """
+        first, *others = self.gather_objects(dict(values), when)
+        for rank, other in enumerate(others, 1):
+            for name in (name for name in first if other[name] != first[name]):
+                raise ToldEverywhere(
+                    f"rank {rank} has another {name} than rank 0: {other[name]}, expected {first[name]}"
                 )
 
     def together(self, work: Callable[[], Any], when: str) -> Any:
@@ -367,8 +380,15 @@ def open_journal(
         if ranks.rank:
             return None
         journal = optimizer.write_journal(path, resume, **keywords)
+        steps = read(path).steps
+        if back := next((step for step in steps if step.back_to is not None), None):
+            journal.close()
+            raise UserError(
+                f"{path} goes back at step {back.index}, which takes the journal, and only one rank has it: go on "
+                "in one process"
+            )
         initial = initial_values(journal.header, journal.path).trainable
-        return read(path).steps, journal.header, Trainable(initial.tensors, [])
+        return steps, journal.header, Trainable(initial.tensors, [])
 
     def take_up():
         if optimizer.step_index > len(steps):

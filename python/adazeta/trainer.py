@@ -242,7 +242,7 @@ class ZOTrainer(Trainer):
                 f"the checkpoint is of step {self.state.global_step}, but holds no state of the optimizer, whose seeds "
                 "count the steps (save_only_model): begin anew with its adapter, or train(), with journal='resume'"
             )
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        parts = args.gradient_accumulation_steps
         order = args.seed if args.data_seed is None else args.data_seed
         begin = optimizer.write_journal
         if self.ranks is not None:
@@ -251,7 +251,12 @@ class ZOTrainer(Trainer):
         begin(
             Path(make_folder(args.output_dir) if self.is_world_process_zero() else args.output_dir) / JOURNAL_NAME,
             resume=self.journal_wanted == "resume" or optimizer.step_index > 0,
-            identity={"batch_size": batch, "order_seed": order, **self.identity},
+            identity={
+                "batch_size": args.per_device_train_batch_size * parts,
+                **({"accumulate": parts} if parts > 1 else {}),  # each has directions of its own
+                "order_seed": order,
+                **self.identity,
+            },
             about=self.about,
             fsync_every=self.fsync_every,
         )

@@ -161,6 +161,23 @@ def test_a_rank_with_another_theta_is_found(tmp_path):
     assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
 
 
+def test_a_journal_that_goes_back_is_for_one_process(tmp_path):
+    model = tiny_adapted()
+    settings = {**SETTINGS, "queries": 2}
+    one = ZerothOrder(model, **settings)
+    one.write_journal(tmp_path / NAME)
+    train(one)
+    one.go_back(1)
+    one.journal.close()
+
+    def work(rank):
+        opt = ZerothOrder(model, ranks=Ranks(), **settings)
+        with pytest.raises(UserError, match="goes back at step 4, .*: go on in one process"):
+            open_journal(opt, tmp_path / NAME, resume=True)
+
+    assert on_ranks(2, tmp_path / "work", work) == ([0, 0], [])
+
+
 def test_a_rank_that_parts_is_found_at_its_first_step_and_at_its_last(tmp_path):
     model = tiny_adapted()
     settings = {**SETTINGS, "queries": 2}

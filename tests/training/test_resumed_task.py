@@ -56,6 +56,18 @@ def test_label_words(base, tmp_path, capsys, monkeypatch, more):
     assert cli.main(resume) == 0
 
 
+def test_batches_of_a_step(base, tmp_path, capsys, monkeypatch):
+    """Two batches of four have twice the directions of one of eight."""
+    write_data(tmp_path / "data.jsonl")
+    resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch)]
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert cli.main([*resume, "--batch-size", "4", "--accumulate", "2"]) == 2
+    assert "belongs to a run with another config.accumulate (None, now 2)" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert cli.main(resume) == 0
+
+
 def test_normalisation_of_choices(base, tmp_path, capsys, monkeypatch):
     rows = [{"text": f"film {index}", "label": index % 2, "choices": ["no!", "yes"]} for index in range(40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

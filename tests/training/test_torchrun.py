@@ -122,10 +122,14 @@ def test_four_ranks_make_the_run_of_one(folder, tmp_path, capsys, settings):
         ({"data": "none.jsonl"}, "rank 1: .*none.jsonl"),
         ({"data": "other.jsonl"}, "rank 1 has another config.data_sha256 than rank 0"),
         ({"steps": 6}, "rank 1 has another config.max_steps than rank 0: 6, expected 5"),
+        ({"more": ("--rows", 40)}, "rank 1 has another --rows than rank 0: 40, expected None"),
+        ({"more": ("--max-minutes", 1)}, "rank 1 has another --max-minutes than rank 0: 1.0, expected None"),
+        ({"more": ("--on-divergence", "ignore")}, "rank 1 has another config.on_divergence than rank 0: 'ignore'"),
     ],
 )
 def test_mistakes_of_one_rank_end_all_with_one_line(folder, tmp_path, changed, message):
-    commands = [train(folder, tmp_path / "run"), train(folder, tmp_path / "run", **changed)]
+    more = changed.pop("more", ())
+    commands = [train(folder, tmp_path / "run"), train(folder, tmp_path / "run", *more, **changed)]
     statuses, printed = commands_on_ranks(tmp_path, *commands)
     assert statuses == [2, 2], printed
     lines = [line for _, err in printed for line in err.splitlines() if line.startswith("adazeta: error")]
@@ -149,8 +153,16 @@ def test_ctrl_c_or_the_clock_of_one_rank_stops_all_after_the_same_step(folder, t
     assert len(read(tmp_path / "run.partial" / NAME, repair=True).steps) == 3
     # Rank 0 goes on from its checkpoint, rank 1 from the journal, as if it were on another machine.
     resumed = train(folder, tmp_path / "run", "--resume")
-    late = train(folder, tmp_path / "run", "--resume", "--max-minutes", 1e-6)
-    statuses, printed = commands_on_ranks(tmp_path / "more", resumed, late)
+    late = train(folder, tmp_path / "run", "--resume", "--max-minutes", 1)
+    begin = Limits.on_train_begin
+
+    def an_hour_ago(self, *arguments, **more):
+        begin(self, *arguments, **more)
+        self._start -= 3600 * self.ranks.rank
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Limits, "on_train_begin", an_hour_ago)
+        statuses, printed = commands_on_ranks(tmp_path / "more", late, late)
     assert statuses == [0, 0], printed
     assert len(steps(tmp_path / "run")) == 4  # rank 1 wants to stop while it makes the journal's steps again
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")

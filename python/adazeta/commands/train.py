@@ -78,6 +78,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     settings = on_all(lambda: resolve(flags, TRAIN, preset=preset, from_file=from_file, stored=stored))
     if ranks is not None:
         ranks = on_all(lambda: _grid(settings["data_ranks"]))
+        ranks.alike({f"--{name}": settings[name.replace("-", "_")] for name in ("rows", "max-minutes")}, "settings")
     on_all(lambda: check_data(settings["data"], settings["dev_data"]))
     stay_offline(settings["data"], settings["dev_data"])
 
