@@ -208,7 +208,7 @@ class ZOTrainer(Trainer):
         self._from_journal = optimizer.pending > 0
         with self.compute_loss_context_manager():
             loss = optimizer.estimate(self.loss, inputs)
-        if loss != loss and optimizer.rows and optimizer.step_index == 0:
+        if loss != loss and inputs and optimizer.rows and optimizer.step_index == 0:
             raise UserError(_explain_no_finite_loss(model))
         self._queries = optimizer.queries(optimizer.step_index, optimizer.steps_per_epoch)
         every = self.args.torch_empty_cache_steps
@@ -220,6 +220,9 @@ class ZOTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         return self.accelerator.autocast()  # of bf16; a loss calls parts of the model, past its wrapped forward
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0 if self.zo.privacy else super().floating_point_ops(inputs)  # it counts the examples that were drawn
 
     def _clip_grad_norm(self, model) -> None:
         """There is no gradient."""
