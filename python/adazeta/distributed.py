@@ -384,7 +384,7 @@ def open_journal(
         if back := next((step for step in steps if step.back_to is not None), None):
             journal.close()
             raise UserError(
-                f"{path} goes back at step {back.index}, which takes the journal, and only one of the ranks has it: go on "
+                f"{path} goes back at step {back.index}, which takes the journal, and only one rank has it: go on "
                 "in one process"
             )
         initial = initial_values(journal.header, journal.path).trainable

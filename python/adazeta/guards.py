@@ -82,17 +82,22 @@ class Guard:
             self._silent = 0
             return
         self._momentum = max(self._momentum, self._reach(step))
-        if math.isnan(step.loss):
+        silent = math.isnan(step.loss)
+        if step.spread or not silent:  # a private step has a spread, and tells no loss
+            self._keep(self._spreads, step.spread)
+        if silent:
             self._silent += 1
             return
         self._silent = 0
-        for values, value in ((self._spreads, step.spread), (self._losses, step.loss)):
-            values.append(value)
-            if len(values) > self.window:
-                values.popleft()
+        self._keep(self._losses, step.loss)
         # The losses were measured before the step: so was the point that they speak for.
         if len(self._losses) >= self.window // 2 and fmean(self._losses) < self.best_loss:
             self.best_step, self.best_loss = step.index, fmean(self._losses)
+
+    def _keep(self, values: deque, value: float) -> None:
+        values.append(value)
+        if len(values) > self.window:
+            values.popleft()
 
     def _reach(self, step: Step) -> float:
         """Return a bound on every number of the direction that ``step`` takes, its momentum included."""

@@ -136,7 +136,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not parameters:
             raise ValueError("the model has no trainable parameter; add an adapter or set requires_grad")
         self._others, self._first_look = Others(self.others, perturb), FirstLook()
-        self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = self._rows_each = 0
+        self.step_index = self.rows = self.evaluations = self.dropped = self.clipped = 0
         self.spread = 0.0
         # The record of a private step tells no loss, so steps without one are nothing to stop at.
         self.guard = Guard(on_divergence, patience=math.inf if privacy else Guard.patience)
@@ -213,8 +213,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.privacy:
             self.privacy.check_rows(loss_fn, mix=self._first_look.rows_mix)
             losses = self.privacy.release(losses)
-            self._rows_each = rows // examples if examples else self._rows_each
-            rows = self._rows_each * self.privacy.batch_size
+            rows = queries * len(plan.signs) * getattr(loss_fn, "rows_per_example", 1) * self.privacy.batch_size
         number, evaluations = losses.shape[-1], losses.numel()
         if self.ranks:
             due = self.step_index % self.ranks.check_every == 0 or self.step_index == len(self._recorded)

@@ -208,7 +208,7 @@ class ZOTrainer(Trainer):
         self._from_journal = optimizer.pending > 0
         with self.compute_loss_context_manager():
             loss = optimizer.estimate(self.loss, inputs)
-        if loss != loss and optimizer.rows and optimizer.step_index == 0:
+        if loss != loss and inputs and optimizer.rows and optimizer.step_index == 0:
             raise UserError(_explain_no_finite_loss(model))
         self._queries = optimizer.queries(optimizer.step_index, optimizer.steps_per_epoch)
         every = self.args.torch_empty_cache_steps
@@ -220,6 +220,9 @@ class ZOTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         return self.accelerator.autocast()  # of bf16; a loss calls parts of the model, past its wrapped forward
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0 if self.zo.privacy else super().floating_point_ops(inputs)  # it counts the examples that were drawn
 
     def _clip_grad_norm(self, model) -> None:
         """There is no gradient."""
@@ -242,7 +245,7 @@ class ZOTrainer(Trainer):
                 f"the checkpoint is of step {self.state.global_step}, but holds no state of the optimizer, whose seeds "
                 "count the steps (save_only_model): begin anew with its adapter, or train(), with journal='resume'"
             )
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        parts = args.gradient_accumulation_steps
         order = args.seed if args.data_seed is None else args.data_seed
         begin = optimizer.write_journal
         if self.ranks is not None:
@@ -251,7 +254,12 @@ class ZOTrainer(Trainer):
         begin(
             Path(make_folder(args.output_dir) if self.is_world_process_zero() else args.output_dir) / JOURNAL_NAME,
             resume=self.journal_wanted == "resume" or optimizer.step_index > 0,
-            identity={"batch_size": batch, "order_seed": order, **self.identity},
+            identity={
+                "batch_size": args.per_device_train_batch_size * parts,
+                **({"accumulate": parts} if parts > 1 else {}),  # each has directions of its own
+                "order_seed": order,
+                **self.identity,
+            },
             about=self.about,
             fsync_every=self.fsync_every,
         )

@@ -11,7 +11,7 @@ from tiny_run import ADAPTER, SAME_BITS, cli, fails, main, write_data, write_mod
 from transformers import TrainingArguments
 
 from adazeta import ZerothOrder, ZOConfig, ZOTrainer, options, privacy
-from adazeta.errors import UserError
+from adazeta.errors import Diverged, UserError
 from adazeta.journal import NAME, read
 from adazeta.losses import lm_loss
 from adazeta.prepare import settle_privacy, steps_of, steps_per_epoch
@@ -128,6 +128,27 @@ def test_with_no_clipping_and_no_noise_it_is_the_plain_step(monkeypatch):
     torch.testing.assert_close(private.base_model.theta(), plain.base_model.theta(), atol=1e-7, rtol=1e-5)
 
 
+def test_an_empty_batch_leaves_no_trace(tmp_path):
+    opt = ZerothOrder(tiny_adapted(layers=1), queries=2, privacy=Privacy(0.1, 1.0, **SIZES))
+    opt.write_journal(tmp_path / NAME)
+    for batch in ({}, lm_batch(3), {}):  # the first too
+        opt.estimate(lm_loss, batch)
+        opt.step()
+    opt.journal.close()
+    assert {(step.rows, step.losses) for step in read(tmp_path / NAME).steps} == {(16, 16)}
+
+
+def test_a_private_run_stops_at_an_explosion(monkeypatch):
+    monkeypatch.setattr(privacy, "_SECRET", Silence())
+    opt = ZerothOrder(tiny_adapted(layers=1), queries=2, privacy=Privacy(1e9, 1.0, **SIZES))
+    for k in range(16):
+        opt.estimate(lm_loss, lm_batch(4, seed=k))
+        opt.step()
+    opt.estimate(lambda model, batch: 1e5 * lm_loss(model, batch), lm_batch(4))
+    with pytest.raises(Diverged, match="step 16 is refused: the projected gradients' spread .* times the usual"):
+        opt.step()
+
+
 def test_the_trainer_draws_batches_and_its_files_tell_nothing_of_them(tmp_path):
     rows = [{name: value[k] for name, value in lm_batch(40).items()} for k in range(40)]
     trainer = ZOTrainer(
@@ -139,7 +160,7 @@ def test_the_trainer_draws_batches_and_its_files_tell_nothing_of_them(tmp_path):
             logging_steps=1,
             report_to="none",
             disable_tqdm=True,
-            save_strategy="no",
+            save_steps=30,
         ),
         zo=ZOConfig(queries=2, privacy=Privacy(0.1, 1.0, batch_size=1, examples=40, delta=1e-3)),
         train_dataset=rows,
@@ -149,9 +170,11 @@ def test_the_trainer_draws_batches_and_its_files_tell_nothing_of_them(tmp_path):
     found = read(tmp_path / NAME)
     assert found.header["config"]["privacy"]["noise_multiplier"] == 1.0
     assert len(found.steps) == 30 and all(any(step.coefficients) for step in found.steps)
-    assert {(step.rows, step.losses, step.dropped) for step in found.steps} <= {(0, 4, 0), (4, 4, 0)}
+    assert {(step.rows, step.losses, step.dropped) for step in found.steps} == {(4, 4, 0)}
     assert all(math.isnan(step.loss) for step in found.steps)
     assert all(math.isnan(line["loss"]) and not line["tokens"] for line in trainer.state.log_history if "loss" in line)
+    state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
+    assert state["total_flos"] == trainer.state.log_history[-1]["total_flos"] == 0  # the Trainer counts them by batch
     trainer.args.per_device_train_batch_size = 2
     with pytest.raises(ValueError, match="batches of 1 of 40 examples, got batches of 2 of 40"):
         trainer.get_train_dataloader()
