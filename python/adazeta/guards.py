@@ -10,9 +10,8 @@ import numpy as np
 from .update import Step
 
 _MOST = float(np.finfo(np.float32).max)
-_FARTHEST = (
-    6.0  # no number of a direction is as far from 0: sqrt(48 ln 2) = 5.77 (docs/perturbation-spec.md, section 3)
-)
+# No number of a direction is as far from 0: sqrt(48 ln 2) = 5.77 (docs/perturbation-spec.md, section 3).
+_FARTHEST = 6.0
 POLICIES = ("stop", "rollback", "ignore")
 
 
