@@ -179,7 +179,7 @@ def arrange(way: str, chance: random.Random, steps: int, journal: Path) -> None:
         Journal.append = recorded
     elif way.endswith("rename"):
         left = chance.randrange(max(1, steps // EVERY))
-        os.replace, os.rename = dying(os.replace), dying(os.rename)
+        os.replace, os.rename, os.link = map(dying, (os.replace, os.rename, os.link))
     elif way == "full disk":
         size = (journal.stat().st_size if journal.exists() else 0) + chance.randrange(1, 88 * steps)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -196,13 +196,14 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force the files of a folder, and of those in it, to the disk."""
+    """Force a folder, the files in it and those of the folders in it to the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             if not os.path.islink(file := os.path.join(place, name)):
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
         _sync_folder(Path(place))
+    _sync_folder(folder.parent)  # which has its name
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+from test_trainer import trainer
 from tiny_run import main, train_command
 
 from adazeta import files
@@ -92,6 +93,19 @@ def test_every_file_is_on_the_disk_before_the_old_run_goes(tmp_path, monkeypatch
     monkeypatch.setattr(files.shutil, "rmtree", removed)
     put_in_place(partial, run)
     assert sorted(path.name for path in run.iterdir()) == ["adazeta.json", "checkpoint-1"]
+
+
+def test_a_checkpoint_is_on_the_disk_when_it_is_made(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    trainer(tmp_path, max_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert {path.stat().st_ino for path in (tmp_path, checkpoint, *checkpoint.iterdir())} <= synced
 
 
 @pytest.fixture(scope="module")
