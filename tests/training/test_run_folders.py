@@ -11,7 +11,7 @@ from tiny_run import main, train_command
 from adazeta import files
 from adazeta.files import put_back, put_in_place
 from adazeta.progress import Bar
-from adazeta.run_folders import close_partial, open_partial, partial_of
+from adazeta.run_folders import close_partial, damage, open_partial, partial_of
 
 
 def write(folder, text):
@@ -125,6 +125,21 @@ def interrupted(world):
         patch.setattr(Bar, "on_log", interrupt)
         assert cli.main([str(part) for part in train_command(folder, "stopped")]) == 130
     return folder
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_damage_of_many_kinds_is_seen(interrupted, tmp_path, name):
+    newest = max(partial_of(interrupted / "stopped").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    checkpoint = shutil.copytree(newest, tmp_path / "checkpoint")
+    content = (checkpoint / name).read_bytes()
+    assert not damage(checkpoint)
+    damaged = [b"", bytes(len(content)), content[:-9], content[: len(content) // 2]]
+    if name.endswith("pt"):  # a number that torch would load, and a sign that only torch looks at
+        for at in (content.index(b"step" if name == "optimizer.pt" else b"("), content.rindex(b"PK\x01\x02") + 34):
+            damaged.append(content[:at] + bytes([content[at] ^ 0x11]) + content[at + 1 :])
+    for bad in damaged:
+        (checkpoint / name).write_bytes(bad)
+        assert damage(checkpoint).startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize(
