@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import adazeta, write_data, write_model
+from tiny_run import main, write_data, write_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -129,17 +129,18 @@ def test_measuring_takes_no_random_numbers_and_answers():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_run_remembers(tmp_path):
+def test_a_run_remembers(tmp_path, capsys):
     write_model(tmp_path / "base")
     data = write_data(tmp_path / "data.jsonl")
     small = ("--steps", 2, "--queries", 4, "--batch-size", 8, "--rank", 2, "--bottleneck", 8, "--sites", "mlp")
     run = tmp_path / "run"
-    done = adazeta("train", "--model", tmp_path / "base", "--data", data, "--output", run, "--dtype", "mixed", *small)
-    assert done.returncode == 0, done.stderr
+    files = ("--model", tmp_path / "base", "--data", data, "--output", run)
+    code, _, err = main(capsys, "train", *files, "--dtype", "mixed", *small)
+    assert code == 0, err
     card = json.loads((run / "adazeta.json").read_text())
     assert (card["dtype"], card["settings"]["dtype"]) == ("mixed", "mixed")
-    outputs = [adazeta("predict", run, "a film", "--json", *more) for more in ((), ("--dtype", "mixed"))]
-    assert outputs[0].stdout == outputs[1].stdout != ""
-    other = json.loads(adazeta("predict", run, "a film", "--json", "--dtype", "float32").stdout)["probabilities"]
-    same = json.loads(outputs[0].stdout)["probabilities"]
+    ask = ("predict", run, "a film", "--json")
+    outputs = [main(capsys, *ask, *more)[1] for more in ((), ("--dtype", "mixed"), ("--dtype", "float32"))]
+    assert outputs[0] == outputs[1] != ""
+    same, other = (json.loads(output)["probabilities"] for output in outputs[1:])
     assert same == pytest.approx(other, abs=1e-2)

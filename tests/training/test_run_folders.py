@@ -142,20 +142,13 @@ def test_damage_of_many_kinds_is_seen(interrupted, tmp_path, name):
         assert damage(checkpoint).startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize(
-    "name, how",
-    [(name, how) for name in ("optimizer.pt", "adapter_model.safetensors") for how in ("zeros", "cut")]
-    + [("rng_state.pth", "zeros"), ("scheduler.pt", "gone"), ("scheduler.pt", "cut")],
-)
+@pytest.mark.parametrize("name, how", [("optimizer.pt", "zeros"), ("scheduler.pt", "gone")])
 def test_a_damaged_checkpoint_is_passed_by(interrupted, tmp_path, capsys, name, how):
     run = tmp_path / "run"
     partial = shutil.copytree(partial_of(interrupted / "stopped"), partial_of(run))
     checkpoint = max(partial.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     content = (checkpoint / name).read_bytes()
-    if how == "gone":
-        (checkpoint / name).unlink()
-    else:
-        (checkpoint / name).write_bytes(bytes(len(content)) if how == "zeros" else content[: len(content) // 2])
+    (checkpoint / name).write_bytes(bytes(len(content))) if how == "zeros" else (checkpoint / name).unlink()
     code, out, err = main(capsys, "train", "--output", run, "--resume")
     assert code == 0 and f"{checkpoint.name} is damaged ({name}: " in err, err
     undisturbed = interrupted / "run" / "adapter_model.safetensors"
