@@ -94,6 +94,8 @@ expect_failure() { # name, words of the message, environment variables...
   echo "ok, refused as expected"
 }
 
+# Without optimisation, where the way of building matters and not its speed.
+[ "${1:-}" = --full ] || export CMAKE_ARGS=-DCMAKE_CXX_FLAGS_RELEASE=-O0
 build wheel isolated 0  # .venv itself holds an editable build, with CUDA where nvcc works
 expect_failure cuda-without-nvcc "no working nvcc was found" ADAZETA_BUILD_CUDA=1 CUDACXX=/nonexistent/nvcc
 expect_failure bad-cuda-value "expected auto, 0 or 1" ADAZETA_BUILD_CUDA=maybe

@@ -28,8 +28,7 @@ class Words:
         return [ord(word[-1]) % 40 + 2]
 
 
-@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "upper"])
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packed, layers", [(False, None), (True, [1])], ids=["plain-all", "packed-upper"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_changes_no_loss_in_any_family(family, packed, layers):
     model = adapted(family, layers_to_transform=layers)

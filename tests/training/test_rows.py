@@ -143,7 +143,8 @@ def test_too_few_shots_and_no_classes():
         take_shots(answers, 7, fields=Fields(answers=True))
 
 
-def test_wrong_turns_with_data_are_one_line(first_run, capsys, tmp_path):
+def test_wrong_turns_with_data_are_one_line(first_run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # it tries for half a minute
     folder, _ = first_run
     (tmp_path / "one.csv").write_text("text,label\n" + "".join(f"film {i},positive\n" for i in range(9)))
     dev = tmp_path / "dev.csv"

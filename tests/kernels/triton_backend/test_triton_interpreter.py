@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 FOLDERS = ["", *filter(None, os.environ.get("ADAZETA_TEST_TRITON", "").split(os.pathsep))]
 
-
+# Of an old Triton the language is in question: what uses all of it that each kernel needs.
+OLD = "vectors or mixed or rows or products or activation_errors or 576 and cores or ragged and float32 or 13 and bfloat16"
 FILES = sorted(path.name for path in HERE.glob("test_interpreted_*.py"))
 
 
@@ -30,6 +31,7 @@ def run(file, folder):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command += ["-k", OLD] if folder else []
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
