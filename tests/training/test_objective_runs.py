@@ -15,7 +15,7 @@ from adazeta.metrics import exact_match, token_f1
 from adazeta.runs import Classifier
 
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--layers", "0-1", "--positions", "all")
-STEPS = ("--batch-size", 8, "--eps", 0.2, "--lr", 0.1, "--directions", 2, "--eval-every", 100)
+STEPS = ("--save-every", 100, "--batch-size", 8, "--eps", 0.2, "--lr", 0.1, "--directions", 2, "--eval-every", 100)
 SMALL = (*ADAPTER, *STEPS, "--threads", 1, "--dtype", "float32", "--gemm", "plain")
 SCORE = '''
 def letters(prompt, completion, reference):

@@ -15,6 +15,7 @@ from adazeta.errors import UserError
 from adazeta.tasks.head import HeadTask
 
 SMALL = ("--steps", 20, "--batch-size", 8, "--eps", 0.02, "--queries", 8, "--rank", 2, "--bottleneck", 8, "--layers", 1)
+SMALL += ("--save-every", 100)  # a checkpoint takes as long as ten of these steps
 SETTLED = ("--positions", "all", "--directions", 2, "--threads", 1, "--dtype", "float32", "--eval-every", 20)
 
 

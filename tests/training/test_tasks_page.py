@@ -19,7 +19,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-QUICK = ("--steps", 10, "--batch-size", 8, "--queries", 8, *SAME_BITS, *ADAPTER, "--rank", 2)
+QUICK = ("--steps", 10, "--save-every", 100, "--batch-size", 8, "--queries", 8, *SAME_BITS, *ADAPTER, "--rank", 2)
 HYPOTHESES = {"entailment": "we liked it", "not_entailment": "we left early"}
 
 

@@ -17,7 +17,8 @@ BAD = ("dull", "cold", "empty", "tired")
 
 SAME_BITS = ("--threads", 1, "--dtype", "float32", "--gemm", "plain")  # wherever and whenever
 ADAPTER = ("--rank", 2, "--bottleneck", 8, "--sites", "mlp")
-SMALL = ("--steps", 12, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8, *SAME_BITS, *ADAPTER)
+STEPS = ("--steps", 12, "--save-every", 6, "--batch-size", 8, "--lr", 0.01, "--eps", 0.01, "--queries", 8)
+SMALL = (*STEPS, *SAME_BITS, *ADAPTER)
 PAPER = ("--preset", "paper", "--queries", "adaptive:0.85,0.45,20", "--sites", "paper")
 
 

@@ -19,7 +19,7 @@ ROOT = HERE.parents[2]
 FOLDERS = ["", *filter(None, os.environ.get("ADAZETA_TEST_TRITON", "").split(os.pathsep))]
 
 # Of an old Triton the language is in question: what uses all of it that each kernel needs.
-OLD = "vectors or mixed or rows or products or activation_errors or 576 and cores or ragged and float32 or 13 and bfloat16"
+OLD = "vectors or mixed or rows or products or activation_errors or ragged and float32 or 576 and cores or 13-bfloat16"
 FILES = sorted(path.name for path in HERE.glob("test_interpreted_*.py"))
 
 
