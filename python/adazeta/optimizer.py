@@ -22,6 +22,7 @@ from .first_look import FirstLook
 from .graphs import Graphs
 from .guards import Guard
 from .in_place import Drift
+from .interrupts import interrupts_wait
 from .journal import Journal
 from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
@@ -252,11 +253,13 @@ class ZerothOrder(torch.optim.Optimizer):
             step = self.next_recorded
             redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
             self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
+            recorded = True
         else:
-            step = self._new_step(trainable)
-            if self.journal is not None:
+            step, recorded = self._new_step(trainable), self.journal is None
+        with interrupts_wait():  # a Ctrl-C in between would leave the journal a step ahead of the numbers
+            if not recorded:
                 self.journal.append(step)
-        self._make(step, trainable)
+            self._make(step, trainable)
 
     def _new_step(self, trainable: Trainable) -> Step:
         """Return the step that the estimates ask for, or the one that goes back because the guard refuses it."""
@@ -314,7 +317,8 @@ class ZerothOrder(torch.optim.Optimizer):
             ValueError: no journal, or it holds no such step.
         """
         if to != self.step_index:
-            self._make(record_going_back(self, to), self.trainable())
+            with interrupts_wait():
+                self._make(record_going_back(self, to), self.trainable())
 
     def take(self, source: Trainable) -> None:
         """Copy the numbers and the momentum of ``source``."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import struct
 import zlib
 
@@ -344,6 +345,31 @@ def test_a_loop_goes_on_after_ctrl_c_in_the_middle_of_a_record(tmp_path, monkeyp
             opt.zero_grad()
     opt.journal.close()
     assert not presses and [step.index for step in steps(tmp_path / NAME)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["a step", "going back"])
+def test_ctrl_c_between_a_record_and_its_update_waits_for_the_update(tmp_path, monkeypatch, back):
+    model = tiny_adapted(layers=1)
+    opt = ZerothOrder(model, lr=0.1, queries=2)
+    opt.write_journal(tmp_path / NAME, fsync_every=1)
+    fsync, presses = os.fsync, [2]
+
+    def interrupted(descriptor):
+        fsync(descriptor)
+        if presses and opt.step_index == presses[0]:
+            presses.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    while opt.step_index < 4:
+        try:
+            opt.estimate(lm_loss, lm_batch(4, seed=opt.step_index))
+            opt.go_back(1) if back and opt.step_index == 2 else opt.step()
+        except KeyboardInterrupt:
+            assert opt.step_index == len(read(tmp_path / NAME).steps) == 3
+    opt.journal.close()
+    assert not presses and [step.index for step in steps(tmp_path / NAME)] == [0, 1, 2, 3]
+    assert torch.equal(replay(tmp_path / NAME).trainable.tensors[0], model.base_model.theta())
 
 
 def test_steps_are_recorded_in_order(tmp_path):
