@@ -70,21 +70,29 @@ def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
     Args:
         batch: ``input_ids [rows, tokens]`` and, unless every token is real, ``attention_mask`` of the same shape.
         per_token: names of further tensors ``[rows, tokens]`` to be moved along, labels for example.
+
+    Returns:
+        The batch with a mask of integers, whatever kind it came with or without.
     """
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        mask = onto(torch.ones(ids.shape, dtype=torch.int64), ids.device)
+    elif mask.ndim != 2:
         return dict(batch)
+    elif mask.dtype == torch.bool or mask.is_floating_point():
+        mask = along(torch.Tensor.long, mask)
+    batch = {**batch, "attention_mask": mask}
     length, real = mask.shape[1], host(mask)
     first, last = real.argmax(1), length - 1 - real.flip(1).argmax(1)
     kept, moved = int((last - first).max()) + 1, bool(first.any())
     if not moved and kept == length:
-        return dict(batch)
+        return batch
     columns = (torch.arange(kept) + first[:, None]) % length
 
     def cut(value):
         return value.gather(1, onto(columns, value.device)) if moved else value[:, :kept]
 
-    names = {"input_ids", "attention_mask", "token_type_ids", *per_token}
+    names = {"input_ids", "attention_mask", "token_type_ids", "position_ids", *per_token}
     return {name: along(cut, value) if name in names else value for name, value in batch.items()}
 
 
