@@ -72,14 +72,12 @@ def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
         per_token: names of further tensors ``[rows, tokens]`` to be moved along, labels for example.
 
     Returns:
-        The batch with a mask of integers, whatever kind it came with or without.
+        The batch, its mask (if it has one) of integers.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is None:
-        mask = onto(torch.ones(ids.shape, dtype=torch.int64), ids.device)
-    elif mask.ndim != 2:
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
         return dict(batch)
-    elif mask.dtype == torch.bool or mask.is_floating_point():
+    if mask.dtype == torch.bool or mask.is_floating_point():
         mask = along(torch.Tensor.long, mask)
     batch = {**batch, "attention_mask": mask}
     length, real = mask.shape[1], host(mask)
@@ -100,11 +98,11 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of the model's forward for an aligned batch.
 
     The mask is left out where no real token could see a padded one, that is with padding on the right of a causal
-    model: attention without a mask is faster.
+    model: attention without a mask is faster. But not beside positions: without a mask their gaps would part sequences.
     """
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     mask, kind = inputs.get("attention_mask"), kind_of(model)
-    if kind == "causal" and mask is not None and mask.ndim == 2:
+    if kind == "causal" and mask is not None and mask.ndim == 2 and "position_ids" not in inputs:
         real = host(mask)
         if bool((real[:, 1:] <= real[:, :-1]).all()):
             del inputs["attention_mask"]
