@@ -1,6 +1,9 @@
 """Parameters at one probe after another, written in place: the way of MeZO, without any memory of its own."""
 
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +18,8 @@ class InPlace:
 
     The move to the first probe, from a probe to the next (the last one undone and the next one applied at once; from
     one sign to the other twice the scale of one seed), and back to theta is one pass over the parameters each: P + 1
-    for P probes. The way back is also taken when the statement is left by an exception.
+    for P probes. The way back is also taken when the statement is left by an exception; Ctrl-C waits for the end of a
+    pass, for only then is it known where the parameters are.
 
     Numerics:
         Every pass rounds once, so theta comes back to rounding only and drifts: ``docs/guide.md`` has the numbers.
@@ -47,10 +51,11 @@ class InPlace:
         else:
             terms = [(self._seed, -self._scale), (seed, scale)]
         terms = [term for term in terms if term[1] != 0.0]
-        if terms:
-            seeds, scales = zip(*terms)
-            perturb_(self._params, seeds, scales, offset=self._offset, distribution=self._distribution)
-        self._seed, self._scale = seed, scale
+        with _uninterrupted():
+            if terms:
+                seeds, scales = zip(*terms)
+                perturb_(self._params, seeds, scales, offset=self._offset, distribution=self._distribution)
+            self._seed, self._scale = seed, scale
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,20 @@ class Drift:
             for seed in seeds:
                 for sign in self.signs:
                     others.move_to(seed, sign * self.eps)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the ``with`` statement."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:  # none that Python would raise
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
