@@ -1,9 +1,6 @@
 """Parameters at one probe after another, written in place: the way of MeZO, without any memory of its own."""
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +8,7 @@ import torch
 from adazeta_kernels import perturb_
 
 from .estimator import probe_signs
+from .interrupts import uninterrupted
 
 
 class InPlace:
@@ -51,7 +49,7 @@ class InPlace:
         else:
             terms = [(self._seed, -self._scale), (seed, scale)]
         terms = [term for term in terms if term[1] != 0.0]
-        with _uninterrupted():
+        with uninterrupted():
             if terms:
                 seeds, scales = zip(*terms)
                 perturb_(self._params, seeds, scales, offset=self._offset, distribution=self._distribution)
@@ -93,20 +91,3 @@ class Drift:
             for seed in seeds:
                 for sign in self.signs:
                     others.move_to(seed, sign * self.eps)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C take effect at the end of the ``with`` statement."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # none that Python would raise
-        yield
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)

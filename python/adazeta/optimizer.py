@@ -22,6 +22,7 @@ from .first_look import FirstLook
 from .graphs import Graphs
 from .guards import Guard
 from .in_place import Drift
+from .interrupts import uninterrupted
 from .journal import Journal
 from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
@@ -248,15 +249,14 @@ class ZerothOrder(torch.optim.Optimizer):
         if closure is not None:
             raise TypeError("ZerothOrder.step takes no closure; call estimate(loss_fn, batch) before it")
         trainable = self.trainable()
-        if self.pending:
-            step = self.next_recorded
-            redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
-            self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
-        else:
-            step = self._new_step(trainable)
-            if self.journal is not None:
+        step = self.next_recorded if self.pending else self._new_step(trainable)
+        with uninterrupted():  # Ctrl-C finds a step made, counted and recorded, or none of it
+            if self.pending:
+                redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
+                self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
+            elif self.journal is not None:
                 self.journal.append(step)
-        self._make(step, trainable)
+            self._make(step, trainable)
 
     def _new_step(self, trainable: Trainable) -> Step:
         """Return the step that the estimates ask for, or the one that goes back because the guard refuses it."""
