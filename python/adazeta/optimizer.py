@@ -403,6 +403,12 @@ class ZerothOrder(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         restore(self, state_dict)
 
+    def __getstate__(self):
+        raise TypeError(
+            "a ZerothOrder is not copied or pickled without its model: make one for a copy of the model, and give it "
+            "this one's state_dict() with load_state_dict()"
+        )
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of all trainable numbers: equal on machines that hold the same bits."""
         return sha256_of(self.trainable().tensors)
