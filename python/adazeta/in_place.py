@@ -8,6 +8,7 @@ import torch
 from adazeta_kernels import perturb_
 
 from .estimator import probe_signs
+from .interrupts import uninterrupted
 
 
 class InPlace:
@@ -15,7 +16,8 @@ class InPlace:
 
     The move to the first probe, from a probe to the next (the last one undone and the next one applied at once; from
     one sign to the other twice the scale of one seed), and back to theta is one pass over the parameters each: P + 1
-    for P probes. The way back is also taken when the statement is left by an exception.
+    for P probes. The way back is also taken when the statement is left by an exception; Ctrl-C waits for the end of a
+    pass, for only then is it known where the parameters are.
 
     Numerics:
         Every pass rounds once, so theta comes back to rounding only and drifts: ``docs/guide.md`` has the numbers.
@@ -47,10 +49,11 @@ class InPlace:
         else:
             terms = [(self._seed, -self._scale), (seed, scale)]
         terms = [term for term in terms if term[1] != 0.0]
-        if terms:
-            seeds, scales = zip(*terms)
-            perturb_(self._params, seeds, scales, offset=self._offset, distribution=self._distribution)
-        self._seed, self._scale = seed, scale
+        with uninterrupted():
+            if terms:
+                seeds, scales = zip(*terms)
+                perturb_(self._params, seeds, scales, offset=self._offset, distribution=self._distribution)
+            self._seed, self._scale = seed, scale
 
 
 @dataclass(frozen=True)

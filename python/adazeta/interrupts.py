@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for what must not be left half done."""
+"""Ctrl-C at a time when what it interrupts can be told to be done, or not begun."""
 
 import signal
 import threading
@@ -7,21 +7,21 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Let a Ctrl-C inside the ``with`` statement act at its end.
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the ``with`` statement.
 
-    Python handles signals in its main thread alone: in another one nothing changes. Blocking the signal would not do,
-    as the kernel then hands it to another thread of the process, which tells the main one.
+    In the main thread, the one that Python interrupts. Blocking the signal would not do: the kernel then hands it to
+    another thread of the process, and Python raises in the main one all the same.
     """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or before is None:  # none that Python would raise
         yield
         return
-    came: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        if pressed:
+            signal.raise_signal(signal.SIGINT)

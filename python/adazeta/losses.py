@@ -136,6 +136,13 @@ class _Words(_Scored):
     def _first_tokens(self, device) -> torch.Tensor:
         return onto(torch.tensor([ids[0] for ids in self.tokens]), device)
 
+    def _aligned(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the batch :func:`aligned`, with a mask also where all tokens are real."""
+        ids = batch["input_ids"]
+        if batch.get("attention_mask") is None:
+            return {**batch, "attention_mask": onto(torch.ones(ids.shape, dtype=torch.int64), ids.device)}
+        return aligned(batch)
+
     def _padded(self, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the words' tokens and which of them are real, ``[C, longest]`` each."""
         longest = max(map(len, self.tokens))
@@ -169,7 +176,7 @@ class LabelWords(_Words):
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
         self._check(model)
-        batch = aligned(batch)
+        batch = self._aligned(batch)
         ids = batch["input_ids"]
         if self.rows_per_example > 1:
             refuse_last(model, f"label words of several tokens ({self.words})")
@@ -193,11 +200,13 @@ class LabelWords(_Words):
     def scores_at_copies(self, model: nn.Module, batch: Mapping[str, Any], copies: int) -> torch.Tensor:
         """Return the float32 scores at the copies of :meth:`losses_at_copies`, ``[B * copies, C]``, row by row."""
         self._check(model)
-        batch = aligned(batch)
+        batch = self._aligned(batch)
         ids = batch["input_ids"]
-        prompts = CopiedPrompts.of(ids, batch["attention_mask"], copies, next(language_model(model).parameters()).dtype)
+        dtype = next(language_model(model).parameters()).dtype
+        own = {name: batch.get(name) for name in ("position_ids", "token_type_ids")}
+        prompts = CopiedPrompts.of(ids, batch["attention_mask"], copies, dtype, **own)
         length = prompts.input_ids.shape[1]
-        inputs = {name: getattr(prompts, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {name: getattr(prompts, name) for name in ("input_ids", "attention_mask", *own)}
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(copies)
         columns = torch.arange(length - copies, length, device=ids.device).repeat(len(ids))
         with real_tokens(batch["attention_mask"], copies):
@@ -251,7 +260,7 @@ class MaskedLabelWords(_Words):
         """
         self._check(model)
         refuse_last(model, "words at a mask")
-        batch = aligned(batch)
+        batch = self._aligned(batch)
         ids = batch["input_ids"]
         masks = host(ids) == self.mask_token
         if not bool((masks.sum(1) == 1).all()):
@@ -285,7 +294,7 @@ class Seq2SeqLabelWords(_Words):
         """Return ``[B, C]`` float32 scores; their softmax over C gives the probabilities of the classes."""
         self._check(model)
         refuse_last(model, "an encoder-decoder model's answers")
-        batch = aligned(batch)
+        batch = self._aligned(batch)
         ids = batch["input_ids"]
         start = language_model(model).config.decoder_start_token_id
         begin = torch.tensor([start, *self.prefix], device=ids.device)

@@ -22,7 +22,7 @@ from .first_look import FirstLook
 from .graphs import Graphs
 from .guards import Guard
 from .in_place import Drift
-from .interrupts import interrupts_wait
+from .interrupts import uninterrupted
 from .journal import Journal
 from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
@@ -249,15 +249,12 @@ class ZerothOrder(torch.optim.Optimizer):
         if closure is not None:
             raise TypeError("ZerothOrder.step takes no closure; call estimate(loss_fn, batch) before it")
         trainable = self.trainable()
-        if self.pending:
-            step = self.next_recorded
-            redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
-            self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
-            recorded = True
-        else:
-            step, recorded = self._new_step(trainable), self.journal is None
-        with interrupts_wait():  # a Ctrl-C in between would leave the journal a step ahead of the numbers
-            if not recorded:
+        step = self.next_recorded if self.pending else self._new_step(trainable)
+        with uninterrupted():  # Ctrl-C finds a step made, counted and recorded, or none of it
+            if self.pending:
+                redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
+                self.rows, self.evaluations = self.rows + step.rows, self.evaluations + step.losses
+            elif self.journal is not None:
                 self.journal.append(step)
             self._make(step, trainable)
 
@@ -317,7 +314,7 @@ class ZerothOrder(torch.optim.Optimizer):
             ValueError: no journal, or it holds no such step.
         """
         if to != self.step_index:
-            with interrupts_wait():
+            with uninterrupted():
                 self._make(record_going_back(self, to), self.trainable())
 
     def take(self, source: Trainable) -> None:
@@ -406,6 +403,12 @@ class ZerothOrder(torch.optim.Optimizer):
         check_state(self, state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         restore(self, state_dict)
+
+    def __getstate__(self):
+        raise TypeError(
+            "a ZerothOrder is not copied or pickled without its model: make one for a copy of the model, and give it "
+            "this one's state_dict() with load_state_dict()"
+        )
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all trainable numbers: equal on machines that hold the same bits."""

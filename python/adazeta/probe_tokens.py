@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .batches import host
 from .planner import Planner, is_out_of_memory
 
 
@@ -77,23 +78,37 @@ class CopiedPrompts:
         position_ids: the same shape.
         attention_mask: additive, ``[B, 1, L, L]`` with ``L = T - 1 + C``.
         copies: C.
+        token_type_ids: the same shape as ``input_ids``, or None.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     copies: int
+    token_type_ids: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, copies: int, dtype: torch.dtype):
-        """Build the inputs from prompts padded on either side."""
-        rows, tokens = input_ids.shape
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        copies: int,
+        dtype: torch.dtype,
+        *,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ):
+        """Build the inputs from prompts padded on either side; without positions real tokens are counted from 0."""
+        tokens = input_ids.shape[1]
         device, last = input_ids.device, last_real_token(attention_mask)
         prompt = tokens - 1
         length = prompt + copies
-        ids = torch.cat((input_ids[:, :prompt], input_ids.gather(1, last[:, None]).expand(-1, copies)), 1)
-        positions = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
-        position_ids = torch.cat((positions[:, :prompt], positions.gather(1, last[:, None]).expand(-1, copies)), 1)
+
+        def copied(value):
+            return torch.cat((value[:, :prompt], value.gather(1, last[:, None]).expand(-1, copies)), 1)
+
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)
         column = torch.arange(length, device=device)
         real = torch.nn.functional.pad(attention_mask[:, :prompt].bool(), (0, copies))
         causal = (column[None, :] <= column[:, None]) & (column[None, :] < prompt)
@@ -102,12 +117,13 @@ class CopiedPrompts:
         seen = torch.where((column < prompt)[None, :, None], (causal & real[:, None, :]), before[:, None, :])
         seen |= torch.eye(length, dtype=torch.bool, device=device)
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-        return cls(ids, position_ids, mask[:, None], copies)
+        types = None if token_type_ids is None else copied(token_type_ids)
+        return cls(copied(input_ids), copied(position_ids), mask[:, None], copies, types)
 
 
 def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, Any]) -> bool:
     """Whether the adapter acts on the last token alone, the loss knows how to score copies of it, and the model takes
-    their positions and lets them see the whole prompt."""
+    their positions, which must be known, and lets them see the whole prompt."""
     if (
         tt_model is None
         or tt_model.peft_config[adapter].positions != "last"
@@ -123,7 +139,16 @@ def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, An
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(window is not None and batch["input_ids"].shape[1] > window for window in windows):
         return False
+    mask = batch.get("attention_mask")
+    if mask is not None and batch.get("position_ids") is None and _has_holes(host(mask)):
+        return False  # a family may count them or not
     return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def _has_holes(mask: torch.Tensor) -> bool:
+    """Whether tokens that are left out stand between real ones, in any row of ``[rows, tokens]``."""
+    begins = torch.nn.functional.pad((mask != 0).long(), (1, 0)).diff(dim=1) > 0
+    return bool((begins.sum(1) > 1).any())
 
 
 @torch.no_grad()

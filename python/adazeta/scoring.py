@@ -70,21 +70,27 @@ def aligned(batch: Mapping[str, Any], *per_token: str) -> dict[str, Any]:
     Args:
         batch: ``input_ids [rows, tokens]`` and, unless every token is real, ``attention_mask`` of the same shape.
         per_token: names of further tensors ``[rows, tokens]`` to be moved along, labels for example.
+
+    Returns:
+        The batch, its mask (if it has one) of integers.
     """
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return dict(batch)
+    if mask.dtype == torch.bool or mask.is_floating_point():
+        mask = along(torch.Tensor.long, mask)
+    batch = {**batch, "attention_mask": mask}
     length, real = mask.shape[1], host(mask)
     first, last = real.argmax(1), length - 1 - real.flip(1).argmax(1)
     kept, moved = int((last - first).max()) + 1, bool(first.any())
     if not moved and kept == length:
-        return dict(batch)
+        return batch
     columns = (torch.arange(kept) + first[:, None]) % length
 
     def cut(value):
         return value.gather(1, onto(columns, value.device)) if moved else value[:, :kept]
 
-    names = {"input_ids", "attention_mask", "token_type_ids", *per_token}
+    names = {"input_ids", "attention_mask", "token_type_ids", "position_ids", *per_token}
     return {name: along(cut, value) if name in names else value for name, value in batch.items()}
 
 
@@ -92,11 +98,11 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of the model's forward for an aligned batch.
 
     The mask is left out where no real token could see a padded one, that is with padding on the right of a causal
-    model: attention without a mask is faster.
+    model: attention without a mask is faster. But not beside positions: without a mask their gaps would part sequences.
     """
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     mask, kind = inputs.get("attention_mask"), kind_of(model)
-    if kind == "causal" and mask is not None and mask.ndim == 2:
+    if kind == "causal" and mask is not None and mask.ndim == 2 and "position_ids" not in inputs:
         real = host(mask)
         if bool((real[:, 1:] <= real[:, :-1]).all()):
             del inputs["attention_mask"]

@@ -1,6 +1,7 @@
 """Perturbation in place: the chain's bits, its passes, the way back, and how far it drifts."""
 
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,27 @@ def test_the_way_back_is_taken_when_the_loss_raises(calls):
         torch.testing.assert_close(p, old, atol=3e-7, rtol=0)
     opt.estimate(lm_loss, lm_batch(4))  # and the next estimate begins at theta
     assert calls[4][0] == [first]
+
+
+def test_ctrl_c_within_a_pass_waits_for_its_end(monkeypatch):
+    """Where a pass is interrupted that has written, nobody knows where the parameters are."""
+    model = tiny_llama()
+    before = [p.clone() for p in model.parameters()]
+    passes = []
+
+    def interrupted(*args, **settings):
+        perturb_(*args, **settings)
+        passes.append(args)
+        if len(passes) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(adazeta.in_place, "perturb_", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ZerothOrder(model, eps=0.05, queries=2, perturb="in-place").estimate(lm_loss, lm_batch(4))
+    assert len(passes) == 3 and signal.getsignal(signal.SIGINT) is handler
+    for p, old in zip(model.parameters(), before):
+        torch.testing.assert_close(p, old, atol=3e-7, rtol=0)
 
 
 def test_an_adapter_and_a_head_in_place_see_the_same_probe_as_all_in_place():

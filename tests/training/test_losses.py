@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from families import batch_for, build, row_alone
 from tiny import lm_batch, tiny_llama
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -121,6 +122,37 @@ def test_aligned_moves_left_padding_and_cuts_the_rest():
     assert got["labels"].tolist() == [[5, 6, -100], [7, 8, 9]]
     assert got["other"].shape == (2, 5)
     assert aligned({"input_ids": batch["input_ids"]})["input_ids"] is batch["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@torch.no_grad()
+def test_positions_of_the_batch_stay_with_their_tokens(family, left):
+    model = build(family)
+    batch = batch_for(model, 4, 7, left=left)
+    batch["position_ids"] = 2 * batch["attention_mask"].cumsum(1)  # not those that a model counts itself
+    alone = []
+    for row in range(4):
+        inputs = row_alone(batch, row)
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        logits, labels = (logits, labels) if family == "bert" else (logits[:, :-1], labels[:, 1:])
+        alone.append(F.cross_entropy(logits[0], labels[0]))
+    wider = {name: F.pad(value, (0, 2), value=-100 if name == "labels" else 0) for name, value in batch.items()}
+    torch.testing.assert_close(lm_loss(model, wider), torch.stack(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("words", [["good", "bad"], ["good", "very good"]], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, None], ids=["bool", "float32", "no mask"])
+@torch.no_grad()
+def test_masks_of_any_kind_and_none(words, dtype):
+    model, batch, loss = tiny_llama(), prompts(), LabelWords(Words(), words)
+    if dtype is None:
+        batch = {name: value[:2, :5] if value.ndim == 2 else value[:2] for name, value in batch.items()}
+        other = {name: value for name, value in batch.items() if name != "attention_mask"}
+    else:
+        other = {**batch, "attention_mask": batch["attention_mask"].to(dtype)}
+    assert torch.equal(loss(model, other), loss(model, batch))
 
 
 @torch.no_grad()

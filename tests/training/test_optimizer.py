@@ -1,14 +1,19 @@
 """``estimate`` and ``step`` against the formula, accumulation, schedulers, in-place parameters, non-finite losses."""
 
+import copy
 import math
+import pickle
+import signal
 
 import pytest
 import torch
 from tiny import lm_batch, tiny_adapted, tiny_llama
 
+import adazeta.optimizer
 from adazeta import AdaptiveQueries, ZerothOrder
 from adazeta.losses import lm_loss
 from adazeta.probes import take_rows
+from adazeta.update import apply_step
 from adazeta_kernels import derive_seeds, fill_normal_, perturb_
 
 
@@ -252,3 +257,27 @@ def test_a_model_without_trainable_parameters():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         ZerothOrder(model)
+
+
+def test_ctrl_c_in_an_update_waits_for_the_step(monkeypatch):
+    """A step that has changed the parameters, but is not counted, would be made twice by who goes on."""
+    models = [tiny_adapted(layers=1), tiny_adapted(layers=1)]
+    steps = [ZerothOrder(model, lr=0.1, queries=2, weight_decay=0.1) for model in models]
+    for step in steps:
+        step.estimate(lm_loss, lm_batch(4))
+    steps[0].step()
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        apply_step(*args)
+
+    monkeypatch.setattr(adazeta.optimizer, "apply_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps[1].step()
+    assert steps[1].step_index == 1 and steps[1].fingerprint() == steps[0].fingerprint()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_an_optimizer_is_not_copied_without_its_model(copied):
+    with pytest.raises(TypeError, match="make one for a copy of the model"):
+        copied(ZerothOrder(tiny_adapted(layers=1)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import adapted
 from tiny import DenseAdapter, dense_float64, lm_batch, tiny_adapted
 from torch import nn
 
@@ -54,6 +55,22 @@ def test_one_token_per_probe_equals_one_row_per_probe(groups, left, limit):
     torch.testing.assert_close(losses, expected, atol=5e-6, rtol=0)
     if limit is None:
         assert rows == 4  # every prompt once
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("column", ["position_ids", "token_type_ids", "a hole in the mask"])
+def test_copies_have_what_else_the_batch_says_of_their_token(column, left):
+    model = adapted("gpt2", positions="last")
+    batch, losses = prompts(left=left), []
+    if column == "a hole in the mask":
+        batch["attention_mask"][0, 3] = 0
+    else:
+        batch[column] = 3 + 2 * torch.arange(7).repeat(4, 1)
+    for rows_mix in (False, True):  # a copy per probe, or a row
+        step = ZerothOrder(model, queries=3)
+        step._first_look._done, step._first_look.rows_mix = True, rows_mix
+        losses.append(step.estimate(LOSS, batch))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
 
 
 def test_smoothed_labels_at_tokens(monkeypatch):
