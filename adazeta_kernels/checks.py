@@ -17,6 +17,7 @@ ACTS = ("relu", "gelu", "silu", "tanh", "identity")
 DISTRIBUTIONS = ("gaussian", "rademacher")
 INDEX_END = 2**63
 _FLOAT32_END = 2.0**128
+_LOW_ADDRESSES = 2**40  # that of a freed tensor, which is its offset in nothing, is lower
 
 _RANDOM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -195,9 +196,10 @@ def in_memory(op: str, **tensors: torch.Tensor | None) -> None:
 def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
     """Memory of contiguous tensors: there, and no byte twice."""
     spans = sorted((p.data_ptr(), p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel())
-    if spans:
-        lowest = spans[0][2]  # the address of a freed tensor is its offset in nothing: none is lower
-        in_memory(op, **{f"tensor {lowest}": params[lowest]})
+    for start, _, position in spans:
+        if start >= _LOW_ADDRESSES:
+            break
+        in_memory(op, **{f"tensor {position}": params[position]})
     for (start, size, first), (following, _, second) in pairwise(spans):
         if start + size > following:
             raise ValueError(

@@ -80,7 +80,9 @@ def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
     if _native is None or _EXCHANGE is None:
         return None
     read = _native.read_tensors(params, _CLASSES, _EXCHANGE)
-    return None if read is None or read.overlap() else PlainTensors(params, read)
+    if read is None or any(not params[i].untyped_storage().nbytes() for i in read.low) or read.overlap():
+        return None
+    return PlainTensors(params, read)
 
 
 def levels() -> list[str]:

@@ -89,8 +89,8 @@ class Subclass(torch.Tensor):
     pass
 
 
-def freed():
-    tensor = torch.zeros(8)[3:]
+def freed(begin=3):
+    tensor = torch.zeros(begin + 5)[begin:]
     tensor.untyped_storage().resize_(0)
     return tensor
 
@@ -103,6 +103,7 @@ UNFIT = {
     "meta": lambda first: torch.zeros(3, device="meta"),
     "overlapping": lambda first: first[1:],
     "freed": lambda first: freed(),
+    "freed, deep in its storage": lambda first: freed(begin=2**20),
     "subclass": lambda first: torch.zeros(3).as_subclass(Subclass),
     "no tensor": lambda first: [1.0, 2.0],
 }
