@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 
 def supports(
-    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 0, bottleneck: int = 0, **sizes: int
+    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 1, bottleneck: int = 0, **sizes: int
 ) -> str | None:
     """None, or why the native kernels do not run `op` on such tensors.
 
@@ -61,7 +61,7 @@ def supports(
     for what, value, limit in limits:
         if value > limit:
             return f"{what} {value} is above the native kernel's limit of {limit}"
-    return None
+    return "a map of rank 0 has no native kernel" if rank == 0 else None
 
 
 class PlainTensors(list):
