@@ -16,7 +16,7 @@ from adazeta_kernels.layout import TTAdapterLayout
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
 DISTRIBUTIONS = ("gaussian", "rademacher")
 INDEX_END = 2**63
-_FLOAT32_END = 2.0**128
+_FLOAT32_END = 2.0**128 - 2.0**103  # from here on numbers round to infinity
 _LOW_ADDRESSES = 2**40  # that of a freed tensor, which is its offset in nothing, is lower
 
 _RANDOM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,14 +116,14 @@ def scales_to_tensor(op: str, scales) -> torch.Tensor:
     return torch.tensor([finite(op, "a scale", value) for value in scales], dtype=torch.float32, device="cpu")
 
 
-def seeds_and_scales(op: str, seeds: torch.Tensor, scales: torch.Tensor, *, empty_ok: bool) -> None:
-    """Metadata of seeds and scales."""
+def seeds_and_scales(op: str, seeds: torch.Tensor, scales: torch.Tensor, *, of: torch.Tensor, empty_ok: bool) -> None:
+    """Metadata of seeds and scales. They may be without memory where the tensor they are of is, too."""
     for name, tensor, dtype in (("seeds", seeds, torch.int64), ("scales", scales, torch.float32)):
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
         if tensor.dim() != 1:
             raise ValueError(f"{op}: {name} must have one dimension, got shape {tuple(tensor.shape)}")
-        if tensor.device.type not in ("cpu", "meta"):
+        if tensor.device.type != "cpu" and not tensor.device.type == of.device.type == "meta":
             raise ValueError(f"{op}: {name} must be on the CPU, got {tensor.device}")
     if len(seeds) != len(scales):
         raise ValueError(f"{op}: {len(seeds)} seeds but {len(scales)} scales, expected one scale per seed")
@@ -208,8 +208,10 @@ def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
             )
 
 
-def perturb_arguments(seeds: torch.Tensor, scales: torch.Tensor, distribution: str) -> None:
-    seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
+def perturb_arguments(
+    params: Sequence[torch.Tensor], seeds: torch.Tensor, scales: torch.Tensor, distribution: str
+) -> None:
+    seeds_and_scales("perturb_", seeds, scales, of=params[0], empty_ok=True)
     one_of("perturb_", "distribution", distribution, DISTRIBUTIONS)
 
 
@@ -223,7 +225,7 @@ def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, seeds, scales, star
         of = "" if count is None else f" for {count} adapters"
         raise ValueError(f"tt_factors: theta must have shape ({numel},){of}, got {tuple(theta.shape)}")
     index_end("tt_factors", start, numel)
-    seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
+    seeds_and_scales("tt_factors", seeds, scales, of=theta, empty_ok=False)
     one_of("tt_factors", "distribution", distribution, DISTRIBUTIONS)
 
 

@@ -153,7 +153,7 @@ def perturb_(
 
 def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     params = checks.writable_list("perturb_", params, offset)
-    checks.perturb_arguments(seeds, scales, distribution)
+    checks.perturb_arguments(params, seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
     checks.finite_scales("perturb_", scales)
     tensors = dispatch.rounded(len(params))
@@ -164,7 +164,7 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
     checks.writable("perturb_", params, offset)
-    checks.perturb_arguments(seeds, scales, distribution)
+    checks.perturb_arguments(params, seeds, scales, distribution)
 
 
 _register(
