@@ -7,7 +7,8 @@ then "auto". An unknown name is a ValueError, a named backend that cannot run th
 Wrappers check types and turn lists into tensors; everything else is checked in `checks.py`, before anything is written.
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
-and an input requires grad, they run the reference backend, which is differentiable plain torch.
+and an input requires grad, or an input carries a tangent (torch.autograd.forward_ad), they run the reference backend,
+which is differentiable plain torch.
 """
 
 from __future__ import annotations
