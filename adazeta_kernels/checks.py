@@ -109,9 +109,9 @@ def seeds_to_tensor(op: str, seeds) -> torch.Tensor:
 
 
 def scales_to_tensor(op: str, scales) -> torch.Tensor:
-    """A list of scales as a float32 tensor; a tensor passes through."""
+    """A list of scales as a float32 tensor; a tensor passes through, with its own sign where it is a negated view."""
     if isinstance(scales, torch.Tensor):
-        return scales
+        return scales.resolve_neg()
     if isinstance(scales, (str, bytes)) or not isinstance(scales, Sequence):
         raise TypeError(f"{op}: scales must be a list of numbers or a float32 tensor, got {type(scales).__name__}")
     return torch.tensor([finite(op, "a scale", value) for value in scales], dtype=torch.float32, device="cpu")

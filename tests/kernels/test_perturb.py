@@ -130,6 +130,16 @@ def test_any_number_of_threads():
         assert all(same(one, other) for one, other in zip(result, results[0]))
 
 
+def test_a_scale_that_is_a_negated_view():
+    """Such a view says in a bit, and not in its memory, that its numbers have the other sign."""
+    scale = torch.tensor([0.5 + 2j]).conj().imag
+    assert scale.is_neg() and scale.is_contiguous()
+    got, want = torch.zeros(9), torch.zeros(9)
+    perturb_([got], [1], scale)
+    perturb_([want], [1], [-2.0])
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_indices_beyond_2_to_the_32(backend, distribution):
