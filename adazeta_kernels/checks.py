@@ -11,12 +11,14 @@ from operator import attrgetter, index
 
 import torch
 
+from adazeta_kernels import dispatch
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
 DISTRIBUTIONS = ("gaussian", "rademacher")
 INDEX_END = 2**63
-_FLOAT32_END = 2.0**128
+_FLOAT32_END = 2.0**128 - 2.0**103  # from here on numbers round to infinity
+_LOW_ADDRESSES = 2**40  # that of a freed tensor, which is its offset in nothing, is lower
 
 _RANDOM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,22 +109,22 @@ def seeds_to_tensor(op: str, seeds) -> torch.Tensor:
 
 
 def scales_to_tensor(op: str, scales) -> torch.Tensor:
-    """A list of scales as a float32 tensor; a tensor passes through."""
+    """A list of scales as a float32 tensor; a tensor passes through, with its own sign where it is a negated view."""
     if isinstance(scales, torch.Tensor):
-        return scales
+        return scales.resolve_neg()
     if isinstance(scales, (str, bytes)) or not isinstance(scales, Sequence):
         raise TypeError(f"{op}: scales must be a list of numbers or a float32 tensor, got {type(scales).__name__}")
     return torch.tensor([finite(op, "a scale", value) for value in scales], dtype=torch.float32, device="cpu")
 
 
-def seeds_and_scales(op: str, seeds: torch.Tensor, scales: torch.Tensor, *, empty_ok: bool) -> None:
-    """Metadata of seeds and scales."""
+def seeds_and_scales(op: str, seeds: torch.Tensor, scales: torch.Tensor, *, of: torch.Tensor, empty_ok: bool) -> None:
+    """Metadata of seeds and scales. They may be without memory where the tensor they are of is, too."""
     for name, tensor, dtype in (("seeds", seeds, torch.int64), ("scales", scales, torch.float32)):
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
         if tensor.dim() != 1:
             raise ValueError(f"{op}: {name} must have one dimension, got shape {tuple(tensor.shape)}")
-        if tensor.device.type not in ("cpu", "meta"):
+        if tensor.device.type != "cpu" and not tensor.device.type == of.device.type == "meta":
             raise ValueError(f"{op}: {name} must be on the CPU, got {tensor.device}")
     if len(seeds) != len(scales):
         raise ValueError(f"{op}: {len(seeds)} seeds but {len(scales)} scales, expected one scale per seed")
@@ -181,6 +183,8 @@ def no_leaf_in_grad_mode(op: str, params: Sequence[torch.Tensor]) -> None:
                     f"{op}: tensor {position} of shape {tuple(param.shape)} requires grad and is written in place: "
                     "call it under torch.no_grad()"
                 )
+    if dispatch.any_tangent(*params):
+        raise ValueError(f"{op}: a tensor carries a tangent, and what is written in place has none: detach it first")
 
 
 def in_memory(op: str, **tensors: torch.Tensor | None) -> None:
@@ -195,9 +199,10 @@ def in_memory(op: str, **tensors: torch.Tensor | None) -> None:
 def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
     """Memory of contiguous tensors: there, and no byte twice."""
     spans = sorted((p.data_ptr(), p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel())
-    if spans:
-        lowest = spans[0][2]  # the address of a freed tensor is its offset in nothing: none is lower
-        in_memory(op, **{f"tensor {lowest}": params[lowest]})
+    for start, _, position in spans:
+        if start >= _LOW_ADDRESSES:
+            break
+        in_memory(op, **{f"tensor {position}": params[position]})
     for (start, size, first), (following, _, second) in pairwise(spans):
         if start + size > following:
             raise ValueError(
@@ -206,8 +211,10 @@ def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
             )
 
 
-def perturb_arguments(seeds: torch.Tensor, scales: torch.Tensor, distribution: str) -> None:
-    seeds_and_scales("perturb_", seeds, scales, empty_ok=True)
+def perturb_arguments(
+    params: Sequence[torch.Tensor], seeds: torch.Tensor, scales: torch.Tensor, distribution: str
+) -> None:
+    seeds_and_scales("perturb_", seeds, scales, of=params[0], empty_ok=True)
     one_of("perturb_", "distribution", distribution, DISTRIBUTIONS)
 
 
@@ -221,7 +228,7 @@ def tt_factors(theta: torch.Tensor, layout: TTAdapterLayout, seeds, scales, star
         of = "" if count is None else f" for {count} adapters"
         raise ValueError(f"tt_factors: theta must have shape ({numel},){of}, got {tuple(theta.shape)}")
     index_end("tt_factors", start, numel)
-    seeds_and_scales("tt_factors", seeds, scales, empty_ok=False)
+    seeds_and_scales("tt_factors", seeds, scales, of=theta, empty_ok=False)
     one_of("tt_factors", "distribution", distribution, DISTRIBUTIONS)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 from adazeta_kernels.backends import reference as _reference
 
@@ -183,8 +184,16 @@ def reference(op: str) -> Callable:
 
 
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call would have to be recorded for autograd."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a call would have to be recorded for autograd, or gives a tangent in its forward mode."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) or any_tangent(*tensors)
+
+
+def any_tangent(*tensors: torch.Tensor | None) -> bool:
+    """Whether forward-mode differentiation is under way through a tensor."""
+    # The level is private; where it is gone, every tensor is asked.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def plain(tensors, *args) -> bool:

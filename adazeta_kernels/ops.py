@@ -7,7 +7,8 @@ then "auto". An unknown name is a ValueError, a named backend that cannot run th
 Wrappers check types and turn lists into tensors; everything else is checked in `checks.py`, before anything is written.
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
-and an input requires grad, they run the reference backend, which is differentiable plain torch.
+and an input requires grad, or an input carries a tangent (torch.autograd.forward_ad), they run the reference backend,
+which is differentiable plain torch.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def perturb_(
 
 def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     params = checks.writable_list("perturb_", params, offset)
-    checks.perturb_arguments(seeds, scales, distribution)
+    checks.perturb_arguments(params, seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
     checks.finite_scales("perturb_", scales)
     tensors = dispatch.rounded(len(params))
@@ -164,7 +165,7 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):
     checks.writable("perturb_", params, offset)
-    checks.perturb_arguments(seeds, scales, distribution)
+    checks.perturb_arguments(params, seeds, scales, distribution)
 
 
 _register(

@@ -80,6 +80,10 @@ inline bool overlap(const TensorList& list) {
   return false;
 }
 
+// The address of a freed tensor is its offset in nothing, which no size of memory brings up to here. That of a live one
+// may lie below, but mostly does not.
+constexpr uintptr_t kLowAddresses = uintptr_t{1} << 40;
+
 // Reads a Python list of tensors whose class is exactly one of `classes`. False, and no Python error, when any is
 // something else, of another dtype, not contiguous or not on the device of the first one, or when `api` is of an
 // unknown version: the caller then asks Python, which also knows what to tell the user.
@@ -104,9 +108,8 @@ inline bool read_tensors(PyObject* params, const std::vector<PyObject*>& classes
     const int64_t numel = dlpack::numel(tensor);
     if (!together || dtype < 0 || (numel > 0 && !dlpack::contiguous(tensor))) return false;
     if (numel == 0) continue;
-    // The address of a freed tensor is its offset in nothing.
-    if (reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset < 65536) return false;
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    if (reinterpret_cast<uintptr_t>(data) < kLowAddresses) list->low.push_back(i);
     list->tensors.push_back({data, list->numel, static_cast<Dtype>(dtype)});
     list->numel += numel;
   }

@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 
 def supports(
-    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 0, bottleneck: int = 0, **sizes: int
+    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 1, bottleneck: int = 0, **sizes: int
 ) -> str | None:
     """None, or why the native kernels do not run `op` on such tensors.
 
@@ -61,7 +61,7 @@ def supports(
     for what, value, limit in limits:
         if value > limit:
             return f"{what} {value} is above the native kernel's limit of {limit}"
-    return None
+    return "a map of rank 0 has no native kernel" if rank == 0 else None
 
 
 class PlainTensors(list):
@@ -80,7 +80,9 @@ def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
     if _native is None or _EXCHANGE is None:
         return None
     read = _native.read_tensors(params, _CLASSES, _EXCHANGE)
-    return None if read is None or read.overlap() else PlainTensors(params, read)
+    if read is None or any(not params[i].untyped_storage().nbytes() for i in read.low) or read.overlap():
+        return None
+    return PlainTensors(params, read)
 
 
 def levels() -> list[str]:

@@ -16,7 +16,10 @@
 namespace adazeta {
 
 constexpr int kThreads = 256;
-constexpr size_t kDefaultSharedBytes = 48 << 10;  // a block gets more only after asking for it
+// A block gets 48 KiB of shared memory, and more only after asking for it; arrays that a kernel declares are part of
+// it.
+constexpr size_t kDeclaredSharedBytes = 8 << 10;  // the most that a kernel declares
+constexpr size_t kDefaultSharedBytes = (48 << 10) - kDeclaredSharedBytes;
 
 // Makes a device current, and the former one again.
 class DeviceGuard {
@@ -52,16 +55,16 @@ inline cudaError_t grid_size(int device, int64_t tiles, unsigned* blocks) {
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, size_t shared_bytes, CudaStream where, const Params& params) {
-#if defined(ADAZETA_CUDA_SHIM)
-  (void)where;
-  return shim::run(grid, kThreads, shared_bytes, [&] { kernel(params); });
-#else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kDefaultSharedBytes) {
     const cudaError_t error =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
+#if defined(ADAZETA_CUDA_SHIM)
+  (void)where;
+  return shim::run(function, grid, kThreads, shared_bytes, [&] { kernel(params); });
+#else
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))};
   return cudaLaunchKernel(function, grid, dim3(kThreads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(where.stream));

@@ -11,6 +11,11 @@ from adazeta_kernels import TTAdapterLayout
 
 LAYOUT = TTAdapterLayout.auto(24, 8, 2)
 NAN, INF = math.nan, math.inf
+TO_INF = math.nextafter(2.0**128, 0.0)  # finite, but nearer to infinity than to the largest float32
+
+
+def on_meta(t):
+    return t.to("meta")
 
 
 def fill(out=None, seed=1, **kwargs):
@@ -19,10 +24,6 @@ def fill(out=None, seed=1, **kwargs):
 
 def perturb(params=None, seeds=(1,), scales=(1.0,), **kwargs):
     return lambda t: kernels.perturb_([t] if params is None else params(t), seeds, scales, **kwargs)
-
-
-def on_meta(t):
-    return t.to("meta")
 
 
 IN_PLACE = {
@@ -61,6 +62,7 @@ IN_PLACE = {
         ValueError,
         r"got nan at position 1",
     ),
+    "scale rounds to inf": (perturb(scales=[TO_INF]), ValueError, r"a scale must be finite in float32, got 3.4"),
     "scale string": (perturb(scales=["1"]), TypeError, r"a scale must be a number, got '1' of type str"),
     "scale bool": (perturb(scales=[True]), TypeError, r"a scale must be a number, got True"),
     "scale scalar": (
@@ -70,6 +72,7 @@ IN_PLACE = {
     ),
     "scale tensor fp64": (perturb(scales=torch.ones(1).double()), TypeError, r"scales must be float32, got float64"),
     "decay nan": (perturb(decay=NAN), ValueError, r"decay must be finite, got nan"),
+    "decay rounds to inf": (perturb(decay=TO_INF), ValueError, r"decay must be finite in float32, got 3.4"),
     "decay string": (perturb(decay="1"), TypeError, r"decay must be a number, got '1'"),
     "seed negative": (perturb(seeds=[-1]), ValueError, r"seed must be in 0 <= seed < 2\*\*64, got -1"),
     "seed too large": (perturb(seeds=[2**64]), ValueError, r"0 <= seed < 2\*\*64"),
@@ -77,6 +80,7 @@ IN_PLACE = {
     "seed bool": (perturb(seeds=[False]), TypeError, r"seed must be an integer, got False"),
     "seed scalar": (perturb(seeds=1), TypeError, r"seeds must be a list of integers or an int64 tensor, got int"),
     "seed tensor int32": (perturb(seeds=torch.ones(1).int()), TypeError, r"seeds must be int64, got int32"),
+    "seed on meta": (perturb(seeds=on_meta(torch.ones(1).long())), ValueError, r"seeds must be on the CPU, got meta"),
     "seed tensor 2-d": (perturb(seeds=torch.ones(1, 1).long()), ValueError, r"one dimension, got shape \(1, 1\)"),
     "more seeds": (perturb(seeds=[1, 2]), ValueError, r"2 seeds but 1 scales"),
     "offset": (perturb(offset=-5), ValueError, r"offset must be .* got -5"),
@@ -106,7 +110,7 @@ def freed(*shape, begin=0):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_freed_memory_is_not_touched(backend):
     t, b = torch.arange(4.0), {"backend": backend}
-    for begin in (0, 3):
+    for begin in (0, 3, 2**20):  # a late part of a large buffer has an address that looks like one
         gone = freed(5, begin=begin)
         with pytest.raises(ValueError, match=r"fill_normal_: the memory of out of shape \(5,\) was freed"):
             kernels.fill_normal_(gone, 1, **b)
@@ -185,6 +189,8 @@ FORWARD = [
     (factors_call(layout=LAYOUT.encode()), TypeError, r"layout must be a TTAdapterLayout, got list"),
     (factors_call(seeds=[], scales=[]), ValueError, r"no seeds given, expected at least one probe"),
     (factors_call(seeds=[1, 2]), ValueError, r"2 seeds but 1 scales"),
+    (factors_call(seeds=on_meta(torch.ones(1).long())), ValueError, r"seeds must be on the CPU, got meta"),
+    (factors_call(scales=on_meta(torch.ones(1))), ValueError, r"scales must be on the CPU, got meta"),
     (factors_call(seeds=[2**64]), ValueError, r"0 <= seed < 2\*\*64"),
     (factors_call(scales=[NAN]), ValueError, r"finite, got nan"),
     (factors_call(scales=torch.tensor([INF])), ValueError, r"got inf at position 0"),
@@ -212,6 +218,7 @@ FORWARD = [
     (adapter_call(factors=torch.ones(2, F, device="meta")), ValueError, r"factors is on meta, expected cpu"),
     (adapter_call(act="swish"), ValueError, r"unknown act 'swish'; known are relu, gelu, silu, tanh, identity"),
     (adapter_call(scale=NAN), ValueError, r"scale must be finite, got nan"),
+    (adapter_call(scale=TO_INF), ValueError, r"scale must be finite in float32, got 3.4"),
     (adapter_call(scale="1"), TypeError, r"scale must be a number"),
     (adapter_call(backend="x"), ValueError, r"known are auto, native"),
     (adapter_call(layout=None), TypeError, r"layout must be a TTAdapterLayout, got NoneType"),

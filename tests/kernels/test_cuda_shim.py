@@ -177,6 +177,15 @@ def test_tt_adapter(cuda, layout, dtype):
         assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
 
 
+def test_shared_memory_that_a_kernel_declares_counts(cuda):
+    """45 KiB of a tile's bottleneck are within the 48 that a block has, but not beside the kernel's own arrays."""
+    layout = TTAdapterLayout.auto(720, 720, 2)
+    x, factors = torch.randn(1, 16, 720), torch.randn(1, layout.factor_numel) * 0.1
+    y = cuda.tt_adapter(x, factors, layout, "relu", 1.0)
+    oracle = reference.tt_adapter(x.double(), factors.double(), layout, "relu", 1.0)
+    assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, "relu", 1.0), oracle)
+
+
 WIDE = {
     "4096-r5": TTAdapterLayout.auto(4096, 64, 5),
     "2048-r7-nobias": TTAdapterLayout.auto(2048, 24, 7, bias=False, shapes={"width": (4, 8, 64)}),
@@ -242,7 +251,7 @@ def test_tt_adapter_from_cores_of_many_probes(cuda):
 def test_tt_adapter_from_cores_says_when_it_cannot(cuda):
     for layout in (TTAdapterLayout.auto(576, 64, 5), TTAdapterLayout.auto(4096, 64, 32)):
         x, theta, seeds, scales, _ = adapter_case(layout, 1, 1, torch.float32)
-        with pytest.raises(RuntimeError, match="tt_adapter_from_cores on CUDA device 0: (invalid arg|launch failure)"):
+        with pytest.raises(RuntimeError, match="tt_adapter_from_cores on CUDA device 0: invalid arg"):
             cuda.tt_adapter_from_cores(x, theta, layout, seeds, scales, 0, "gaussian", "relu", 1.0)
 
 

@@ -235,6 +235,8 @@ def test_beyond_a_limit_auto_falls_back_and_says_why_and_native_raises(fresh_dis
     assert native.supports("tt_factors", device="cpu", dtype=torch.float32, cores=layout.max_cores) == (
         "cores of a map 17 is above the native kernel's limit of 16"
     )
+    with pytest.raises(RuntimeError, match="a map of rank 0 has no native kernel"):
+        tt_linear(torch.zeros(1, 2, 3), torch.zeros(1, 3, 0), torch.zeros(1, 0, 4), backend="native")
     with pytest.raises(RuntimeError, match="for torch.float64 on cpu"):
         tt_linear(x.double(), *(torch.zeros(1, 1200, 2), torch.zeros(1, 2, 4)), backend="native")
 

@@ -89,8 +89,8 @@ class Subclass(torch.Tensor):
     pass
 
 
-def freed():
-    tensor = torch.zeros(8)[3:]
+def freed(begin=3):
+    tensor = torch.zeros(begin + 5)[begin:]
     tensor.untyped_storage().resize_(0)
     return tensor
 
@@ -103,6 +103,7 @@ UNFIT = {
     "meta": lambda first: torch.zeros(3, device="meta"),
     "overlapping": lambda first: first[1:],
     "freed": lambda first: freed(),
+    "freed, deep in its storage": lambda first: freed(begin=2**20),
     "subclass": lambda first: torch.zeros(3).as_subclass(Subclass),
     "no tensor": lambda first: [1.0, 2.0],
 }
@@ -127,6 +128,16 @@ def test_any_number_of_threads():
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(same(one, other) for one, other in zip(result, results[0]))
+
+
+def test_a_scale_that_is_a_negated_view():
+    """Such a view says in a bit, and not in its memory, that its numbers have the other sign."""
+    scale = torch.tensor([0.5 + 2j]).conj().imag
+    assert scale.is_neg() and scale.is_contiguous()
+    got, want = torch.zeros(9), torch.zeros(9)
+    perturb_([got], [1], scale)
+    perturb_([want], [1], [-2.0])
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

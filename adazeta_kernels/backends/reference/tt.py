@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.forward_ad import unpack_dual
 
 from adazeta_kernels.backends.reference import rng
 from adazeta_kernels.layout import TTAdapterLayout
@@ -34,14 +35,14 @@ def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=
 
 
 def probe_rows(theta, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
-    """`theta + scales[p] z(seeds[p])` for every probe, (P, n), with gradient 1 to theta."""
+    """`theta + scales[p] z(seeds[p])` for every probe, (P, n), with gradient 1 to theta, and its tangent."""
     plain = theta.detach()
     if theta.dtype == torch.float64:
         rows = _perturb_rows_fp64(plain, seeds, scales, offset, distribution)
     else:
         rows = perturb_rows(plain.contiguous(), seeds, scales, offset, distribution)
-    # Adding an exact zero carries the gradient without touching the values.
-    return rows + (theta - plain) if torch.is_grad_enabled() and theta.requires_grad else rows
+    # Adding an exact zero carries the gradient, or the tangent, without touching the values.
+    return rows + (theta - plain) if _any_grad(theta) or unpack_dual(theta).tangent is not None else rows
 
 
 def _perturb_rows_fp64(theta, seeds, scales, offset, distribution):

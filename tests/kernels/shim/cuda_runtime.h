@@ -21,6 +21,7 @@
 
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
 struct dim3 {
@@ -41,6 +42,7 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
 const char* cudaGetErrorString(cudaError_t error);
 
 void __syncthreads();
@@ -51,7 +53,9 @@ inline float __ldg(const float* address) { return *address; }
 namespace shim {
 
 float* dynamic_shared();
-// cudaErrorLaunchFailure when threads of a block wait for each other at different barriers, or too much is asked for.
-cudaError_t run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// cudaErrorLaunchFailure when threads of a block wait for each other at different barriers; cudaErrorInvalidValue when
+// the kernel `function` takes more shared memory than a block has or was asked for.
+cudaError_t run(const void* function, dim3 grid, unsigned threads, size_t shared_bytes,
+                const std::function<void()>& kernel);
 
 }  // namespace shim
