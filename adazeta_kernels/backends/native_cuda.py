@@ -79,7 +79,7 @@ def _device_table(device, lists, directions):
             f"perturb_: {len(lists[0])} tensors and {directions[-1]} seeds cannot be captured in a CUDA graph, at most "
             "112 tensors and 64 seeds can; split the list, or concatenate the tensors"
         )
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     _native.cuda_write_perturb_table(*lists, *directions, host.data_ptr())
     return host.to(device, non_blocking=True)
 

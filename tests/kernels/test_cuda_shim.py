@@ -78,6 +78,16 @@ def test_perturb(cuda, count, distribution):
             assert torch.equal(whole, guard)
 
 
+def test_a_long_list_under_another_default_device(cuda):
+    """Its table is written on the CPU, whatever device torch.set_default_device names."""
+    got, want = ([torch.zeros(3) for _ in range(200)] for _ in range(2))
+    seeds, scales = torch.tensor([1]), torch.tensor([0.5])
+    with torch.device("meta"):
+        cuda.perturb_(got, seeds, scales, 0, 1.0, "gaussian")
+    native.perturb_(want, seeds, scales, 0, 1.0, "gaussian")
+    assert torch.equal(torch.cat(got), torch.cat(want))
+
+
 def test_perturb_special_values(cuda):
     values = [0.0, -0.0, 1e-40, -1e-45, float("inf"), 6e4, 65519.0, 3e38, 5.9e-8, 1.0]
     for dtype in DTYPES:
