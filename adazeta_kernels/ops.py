@@ -8,7 +8,7 @@ Wrappers check types and turn lists into tensors; everything else is checked in 
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
 and an input requires grad, or an input carries a tangent (torch.autograd.forward_ad), they run the reference backend,
-which is differentiable plain torch.
+which is differentiable plain torch. torch.autocast changes no result.
 """
 
 from __future__ import annotations
