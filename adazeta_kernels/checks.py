@@ -196,6 +196,13 @@ def in_memory(op: str, **tensors: torch.Tensor | None) -> None:
             )
 
 
+def readable(op: str, **tensors: torch.Tensor) -> None:
+    """`in_memory` of small tensors, for a tenth of its time."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() < _LOW_ADDRESSES:
+            in_memory(op, **{name: tensor})
+
+
 def no_overlap(op: str, params: Sequence[torch.Tensor]) -> None:
     """Memory of contiguous tensors: there, and no byte twice."""
     spans = sorted((p.data_ptr(), p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel())

@@ -8,7 +8,7 @@ Wrappers check types and turn lists into tensors; everything else is checked in 
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
 and an input requires grad, or an input carries a tangent (torch.autograd.forward_ad), they run the reference backend,
-which is differentiable plain torch.
+which is differentiable plain torch. torch.autocast changes no result.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     params = checks.writable_list("perturb_", params, offset)
     checks.perturb_arguments(params, seeds, scales, distribution)
     checks.finite("perturb_", "decay", decay)
+    checks.readable("perturb_", seeds=seeds, scales=scales)
     checks.finite_scales("perturb_", scales)
     tensors = dispatch.rounded(len(params))
     run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype, tensors=tensors)
@@ -239,6 +240,7 @@ def tt_factors(
 def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, backend):
     layout = TTAdapterLayout.decode(layout)
     checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
+    checks.readable("tt_factors", seeds=seeds, scales=scales)
     checks.finite_scales("tt_factors", scales)
     checks.in_memory("tt_factors", theta=theta)
     sizes = {"cores": layout.max_cores, "probes": dispatch.rounded(seeds.numel())}

@@ -63,6 +63,8 @@ void perturb(const TensorList& list, uintptr_t seeds, uintptr_t scales, int64_t 
              float decay, int distribution, int threads, const std::string& level) {
   check_size(list.numel, offset);
   PerturbParams params = perturb_params(list, seeds, scales, seed_count, offset, decay, distribution);
+  const std::vector<float> kept(params.scales, params.scales + seed_count);  // they may lie in a tensor of the list
+  params.scales = kept.data();
   params.threads = useful_threads(threads, list.numel * (1 + seed_count));
   const Kernels& k = kernels(level);
   const py::gil_scoped_release release;

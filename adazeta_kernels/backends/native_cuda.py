@@ -74,14 +74,22 @@ def _device_table(device, lists, directions):
     size = _native.cuda_perturb_table_bytes(len(lists[0]), directions[-1])
     if not size:
         return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         raise RuntimeError(
             f"perturb_: {len(lists[0])} tensors and {directions[-1]} seeds cannot be captured in a CUDA graph, at most "
             "112 tensors and 64 seeds can; split the list, or concatenate the tensors"
         )
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     _native.cuda_write_perturb_table(*lists, *directions, host.data_ptr())
     return host.to(device, non_blocking=True)
+
+
+def _capturing(device):
+    """Whether a CUDA graph is captured on the current stream of the device, which need not be the current device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def perturb_rows(

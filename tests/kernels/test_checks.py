@@ -130,6 +130,17 @@ def test_freed_memory_is_not_touched(backend):
             call()
 
 
+@pytest.mark.parametrize("name", ["seeds", "scales"])
+def test_freed_seeds_and_scales_are_not_read(name):
+    given, t = {"seeds": torch.tensor([1, 2]), "scales": torch.tensor([0.5, 1.0])}, torch.zeros(4)
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"perturb_: the memory of {name} of shape \(2,\) was freed"):
+        kernels.perturb_([t], **given)
+    with pytest.raises(ValueError, match=rf"tt_factors: the memory of {name} of shape \(2,\) was freed"):
+        kernels.tt_factors(torch.ones(LAYOUT.numel), LAYOUT, **given)
+    assert not t.any()
+
+
 def test_raw_ops_check_as_well():
     t, seeds, scales = torch.zeros(4), torch.tensor([1]), torch.tensor([NAN])
     with pytest.raises(ValueError, match="got nan"):

@@ -5,6 +5,7 @@ nothing about a GPU's memory model or speed: tests/kernels/test_gpu.py does, whe
 """
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import shim
@@ -76,6 +77,31 @@ def test_perturb(cuda, count, distribution):
             begin = view.storage_offset()
             guard[begin : begin + len(view)] = view
             assert torch.equal(whole, guard)
+
+
+def test_a_long_list_under_another_default_device(cuda):
+    """Its table is written on the CPU, whatever device torch.set_default_device names."""
+    got, want = ([torch.zeros(3) for _ in range(200)] for _ in range(2))
+    seeds, scales = torch.tensor([1]), torch.tensor([0.5])
+    with torch.device("meta"):
+        cuda.perturb_(got, seeds, scales, 0, 1.0, "gaussian")
+    native.perturb_(want, seeds, scales, 0, 1.0, "gaussian")
+    assert torch.equal(torch.cat(got), torch.cat(want))
+
+
+def test_capture_is_looked_for_on_the_device_of_the_tensors(cuda, monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def device(of):
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    with pytest.raises(RuntimeError, match="200 tensors and 0 seeds cannot be captured"):
+        cuda._device_table(torch.device("cuda", 1), ([0] * 200, [1] * 200, [0] * 200), (0, 0, 0))
 
 
 def test_perturb_special_values(cuda):

@@ -147,7 +147,7 @@ def test_tt_adapter_of_width_4096(shape, dtype):
 
 
 @pytest.mark.parametrize("bottleneck", [720, 1024])
-def test_wide_bottlenecks(bottleneck):
+def test_tt_adapter_of_wide_bottlenecks(bottleneck):
     """A tile's bottleneck beside the kernel's own arrays is more than the shared memory that a block gets unasked."""
     layout = TTAdapterLayout.auto(1200, bottleneck, 2)
     adapter_error(layout, (2, 1500), torch.float32)

@@ -140,6 +140,14 @@ def test_a_scale_that_is_a_negated_view():
     assert torch.equal(got, want)
 
 
+def test_scales_that_lie_in_theta():
+    theta = torch.randn(10_000)
+    want = theta.clone()
+    perturb_([want], [1, 2], want[5000:5002].clone())
+    perturb_([theta], [1, 2], theta[5000:5002], backend="native")
+    assert torch.equal(theta, want)
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_indices_beyond_2_to_the_32(backend, distribution):

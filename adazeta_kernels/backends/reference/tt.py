@@ -7,6 +7,7 @@ Shapes: P probes, T tokens per probe, d model width, b bottleneck, r bond rank, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,20 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _BLOCK = 1 << 18
 
 
+def _without_autocast(op):
+    """The op under torch.autocast as elsewhere: it would round factors, and give results of another dtype."""
+
+    @wraps(op)
+    def run(tensor, *args):
+        if not torch.amp.is_autocast_available(tensor.device.type):
+            return op(tensor, *args)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return op(tensor, *args)
+
+    return run
+
+
+@_without_autocast
 def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
     """Perturb a copy of theta per probe and contract it. `perturb_rows` may come from a faster backend."""
     rows = probe_rows(theta, seeds, scales, offset, distribution, perturb_rows)
@@ -84,6 +99,7 @@ def _chain(cores):
     return out.reshape(probes, -1)
 
 
+@_without_autocast
 def tt_adapter(x, factors, layout, act, scale):
     """`x + scale * up(act(down(x)))`, see ops.tt_adapter."""
     if x.dtype in (torch.float32, torch.float64):
@@ -111,6 +127,7 @@ def apply_adapter(x, factors, layout, act="relu", scale=1.0):
     return y + x if _any_grad(y, x) else y.add_(x)
 
 
+@_without_autocast
 def tt_linear(x, L, R, bias):
     """`(x L) R + bias`, see ops.tt_linear."""
     if x.dtype in (torch.float32, torch.float64):
@@ -125,6 +142,7 @@ def _tt_linear(x, _, L, R, bias):
     return torch.baddbmm(bias.to(x.dtype)[:, None], h, R.to(x.dtype))
 
 
+@_without_autocast
 def low_rank_linear(x, base, A, B, scale):
     """`base + scale * (x A) B`, see ops.low_rank_linear."""
     if x.dtype in (torch.float32, torch.float64):

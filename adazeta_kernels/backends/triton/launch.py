@@ -174,7 +174,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _through_launches(tensor, device):
     raw = tensor.contiguous().view(-1).view(torch.uint8)
-    padded = torch.zeros(-(-max(raw.numel(), 1) // (8 * _WORDS)) * _WORDS, dtype=torch.int64)
+    padded = torch.zeros(-(-max(raw.numel(), 1) // (8 * _WORDS)) * _WORDS, dtype=torch.int64, device="cpu")
     padded.view(torch.uint8)[: raw.numel()] = raw
     table = torch.empty(padded.numel(), dtype=torch.int64, device=device)
     words, single = padded.tolist(), Configuration((), num_warps=1)
@@ -186,7 +186,7 @@ def _through_launches(tensor, device):
 @cache
 def _load_write_words(device):
     """Load the kernel now: while a graph is captured, the driver may refuse to load one."""
-    _through_launches(torch.zeros(1, dtype=torch.int64), device)
+    _through_launches(torch.zeros(1, dtype=torch.int64, device="cpu"), device)
 
 
 def specimens() -> list[Specimen]:

@@ -71,9 +71,10 @@ def _choose(theta, rows, distribution):
     rows = min(*launch.shape_class(rows), 64)
 
     def prepare():
-        scratch = torch.zeros(numel, device=theta.device)
+        scratch = torch.zeros(numel, dtype=theta.dtype, device=theta.device)
         out = scratch.new_empty((min(rows, max(1, elementwise.measured_numel(numel * rows) // numel)), numel))
-        seeds, scales = torch.arange(len(out)), torch.ones(len(out))
+        seeds = torch.arange(len(out), device="cpu")
+        scales = torch.ones(len(out), dtype=torch.float32, device="cpu")
         return lambda configuration: _run(scratch, out, seeds, scales, 0, distribution, configuration)
 
     candidates = elementwise.candidates(FLOAT32.value, theta.device, theta.numel())
