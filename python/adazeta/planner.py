@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -128,9 +129,9 @@ class Planner:
         """Return how many of a probe's ``rows`` sequences share a forward that has no other probe.
 
         All of them up to ``MOST_TOKENS``; of more, equal parts, whose activations stay in the cache and take less
-        memory.
+        memory. Of fewer where that many were too many once.
         """
-        most = self._of(MOST_TOKENS, device)
+        most = min(self._of(MOST_TOKENS, device), self._most_tokens or math.inf)
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
@@ -174,7 +175,7 @@ class Planner:
                 log.warning(
                     "out of memory in a forward of %s tokens; going on with half as many", (last - first) * tokens
                 )
-            self._most_tokens = half * tokens
+            self._most_tokens = min(half * tokens, self._most_tokens or math.inf)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         parts = ((first, first + half), (first + half, last))

@@ -201,18 +201,25 @@ def evaluate_probes(
             )
         return loss.float()
 
+    rows, (tokens, device) = plan.rows_per_probe, tokens_of(batch)
+
+    def whole(first: int, last: int) -> torch.Tensor:
+        """The losses of some probes together, or of one in as many parts as it takes."""
+        if last - first > 1:
+            return forward(first, last)
+        step, unit = planner.rows_at_once(rows, tokens, device), 1 if planner.rows_apart else rows
+        parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+        return torch.cat(
+            [loss for part in parts for loss in planner.run(partial(forward, first, last), *part, tokens, unit)]
+        )
+
     losses: list[torch.Tensor] = []
-    first, rows, (tokens, device) = 0, plan.rows_per_probe, tokens_of(batch)
-    alone = others is not None and not heads  # one probe at a time, and whole: they move to it
+    first = 0
+    alone = others is not None and not heads  # one probe at a time: they move to it
     while first < len(plan):
         count = 1 if alone else probes_per_forward(plan, batch, planner)
         last = min(first + count, len(plan))
-        step = rows if alone or count > 1 else planner.rows_at_once(rows, tokens, device)
-        if step < rows:
-            for begin in range(0, rows, step):
-                losses += planner.run(partial(forward, first, last), begin, min(begin + step, rows), tokens)
-        else:
-            losses += planner.run(forward, first, last, rows * tokens)
+        losses += planner.run(whole, first, last, rows * tokens)
         first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
     return read(losses).view(shape)
