@@ -131,7 +131,7 @@ class Planner:
         All of them up to ``MOST_TOKENS``; of more, equal parts, whose activations stay in the cache and take less
         memory. Of fewer where that many were too many once.
         """
-        most = min(self._of(MOST_TOKENS, device), self._most_tokens or math.inf)
+        most = min(self._of(MOST_TOKENS, device), self.most_tokens)
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
@@ -139,17 +139,22 @@ class Planner:
     def _of(self, table: dict[str, int], device: str) -> int:
         return _look_up(table, self._kind if device == "cpu" else device)
 
-    def rows(self, tokens: int, device: str = "cpu") -> int:
+    def rows(self, tokens: int, device: str = "cpu", unit: int = 1) -> int:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.
 
+        Args:
+            tokens, device: as for :meth:`probes`.
+            unit: sequences that stay together; the number is a multiple of it.
+
         Raises:
-            SettingError: the memory budget is too small for one.
+            SettingError: the memory budget is too small for one unit.
         """
-        most, self.probes_per_forward = self.probes_per_forward, None
+        kept = self.probes_per_forward, self.rows_apart
+        self.probes_per_forward, self.rows_apart = None, False
         try:
-            return self.probes(1, tokens, device)
+            return unit * self.probes(unit, tokens, device)
         finally:
-            self.probes_per_forward = most
+            self.probes_per_forward, self.rows_apart = kept
 
     def run(
         self, forward: Callable[[int, int], torch.Tensor], first: int, last: int, tokens: int, unit: int = 1
@@ -171,15 +176,22 @@ class Planner:
             half = (last - first) // (2 * unit) * unit
             if not is_out_of_memory(error) or half == 0:
                 raise
-            if self._most_tokens is None:
-                log.warning(
-                    "out of memory in a forward of %s tokens; going on with half as many", (last - first) * tokens
-                )
-            self._most_tokens = min(half * tokens, self._most_tokens or math.inf)
+            self.learn((last - first) * tokens, half * tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
+
+    def learn(self, failed: int, tokens: int) -> None:
+        """Take no more than ``tokens`` from now on, for memory ran out with ``failed``; said once."""
+        if self._most_tokens is None:
+            log.warning("out of memory in a forward of %s tokens; going on with %s at most", failed, tokens)
+        self._most_tokens = min(tokens, self.most_tokens)
+
+    @property
+    def most_tokens(self) -> float:
+        """Tokens in a forward that memory was seen not to hold more than."""
+        return math.inf if self._most_tokens is None else self._most_tokens
 
     def _budget(self, device: str) -> int:
         if self.memory_budget is None:
