@@ -25,7 +25,8 @@ MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131
 #: might not fit is the footprint looked up, which takes a second for a large model.
 MOST_WIDTHS = 32
 
-#: Lengths are looked up in multiples of this: every look-up takes a second for a large model.
+#: Lengths are looked up in multiples of this, fewer scored positions in powers of two: every look-up takes a second for
+#: a large model.
 LOOKED_UP = 32
 
 
@@ -69,7 +70,7 @@ class Planner:
         memory_budget: bytes that a forward may take above the weights; None is half of what is free.
 
     Attributes:
-        scored: positions of a row that the output layer scores with its whole vocabulary: of the batch at hand.
+        scored: positions of an example that the output layer scores with its whole vocabulary: of the batch at hand.
         asked_for: the memory budget was given, not found.
         rows_apart: rows do not see each other, so that those of a probe may pass in forwards of their own.
     """
@@ -213,6 +214,8 @@ class Planner:
         return self._fitting[key]
 
     def _scored(self, tokens: int) -> int:
+        if self.scored < LOOKED_UP:  # a few positions of a large vocabulary outweigh everything else
+            return min(tokens, self.scored and 1 << (self.scored - 1).bit_length())
         return min(tokens, -(-self.scored // LOOKED_UP) * LOOKED_UP)
 
     def _bytes(self, rows: int, tokens: int) -> int:

@@ -7,14 +7,15 @@ import pytest
 import torch
 from families import FAMILIES, adapted, batch_for
 from peft import get_peft_model
-from tiny import lm_batch, tiny_adapted
+from tiny import lm_batch, tiny_adapted, tiny_llama
 from transformers import BertConfig, BertModel
 
 from adazeta import LabelWords, TTConfig, ZerothOrder, frozen, memory
 from adazeta.errors import SettingError
-from adazeta.footprint import forward_bytes
+from adazeta.footprint import LiveBytes, forward_bytes
 from adazeta.heads import MeanPooled
-from adazeta.losses import HeadScores, lm_loss
+from adazeta.losses import CandidateLikelihood, HeadScores, lm_loss
+from adazeta.objectives import ClassObjective
 from adazeta.planner import TOKENS_PER_FORWARD, Planner
 from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
@@ -134,6 +135,40 @@ def test_a_budget_decides_how_many_copies_there_are(groups):
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     with pytest.raises(SettingError, match="too small for one probe"):
         ZerothOrder(model, queries=1, directions=groups, memory_budget=10_000).estimate(loss, batch)
+
+
+class LongWords:
+    pad_token_id = 0
+
+    def encode(self, word, add_special_tokens):
+        return {"very bad": [4, 9], "so good": [7, 8, 5]}[word]
+
+
+@pytest.mark.parametrize("objective", [False, True], ids=["loss", "accuracy"])
+@pytest.mark.parametrize("kind", ["long words", "candidates"])
+def test_all_rows_of_an_example_count(kind, objective):
+    """A loss may repeat a prompt for each of its words, and score them with the whole vocabulary."""
+    model, batch = get_peft_model(tiny_llama(1, vocab_size=1000), TTConfig(rank=2, bottleneck=8)).eval(), lm_batch(4, 8)
+    loss = LabelWords(LongWords(), ["very bad", "so good"])
+    if kind == "candidates":
+        loss = CandidateLikelihood(3)
+        batch = {name: value[:, None].repeat(1, 3, 1) for name, value in batch.items()}
+        batch["targets"] = batch.pop("labels")
+    batch["labels"], shapes = torch.arange(4) % 2, []
+    loss = ClassObjective(loss, "accuracy") if objective else loss
+    trunk = model.get_base_model().model
+    trunk.register_forward_pre_hook(
+        lambda m, args, inputs: shapes.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    for budget in (1_000_000, 10**9):
+        step = ZerothOrder(model, queries=16, memory_budget=budget)
+        step.estimate(loss, batch)  # with a look at the model, and at the memory of its forwards
+        step.zero_grad()
+        shapes.clear()
+        with LiveBytes() as live:
+            step.estimate(loss, batch)
+        assert 0.3 * 10**6 < live.peak < budget
+    assert 400 < max(shapes) <= TOKENS_PER_FORWARD["cpu float32"]
 
 
 def test_limited_copies_still_share_forwards_between_rows():

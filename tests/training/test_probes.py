@@ -90,8 +90,8 @@ def test_plan_names_seed_scale_and_rows():
 
 def test_default_limit_keeps_whole_groups():
     plan = Plan(list(range(16)), 0.5, SIGNS, 8, 1)  # 4 probes per group
-    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 30, dtype=torch.long)}, Planner()) == 8
-    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}, Planner()) == 1
+    assert probes_per_forward(plan, Planner(), 30, "cpu") == 8
+    assert probes_per_forward(plan, Planner(), 5000, "cpu") == 1
 
 
 def test_batch_helpers():
