@@ -9,7 +9,7 @@ import torch
 
 from .block_ends import KEPT_BYTES
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
-from .probes import Plan, evaluate_probes
+from .probes import Plan, evaluate_probes, tokens_of
 
 
 def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable) -> tuple[torch.Tensor, int]:
@@ -55,6 +55,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
         else:
             if look.rows_mix:
                 planner.probes_per_forward = 1
-            losses = evaluate_probes(plan, batch, partial(per_row, model), **further, **settings)
+            tokens, _ = tokens_of(batch, loss_fn)
+            losses = evaluate_probes(plan, batch, partial(per_row, model), tokens=tokens, **further, **settings)
             rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
     return (loss_fn.of_probes(losses, batch) if hasattr(loss_fn, "of_probes") else losses), rows

@@ -53,7 +53,7 @@ class Completion:
         self.label_smoothing = label_smoothing
 
     def positions_scored(self, batch: Mapping[str, Any]) -> int:
-        """Return the most positions of a row that are scored with the whole vocabulary."""
+        """Return the most positions of an example that are scored with the whole vocabulary."""
         return int((host(batch["labels"]) != -100).sum(1).max())
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -128,6 +128,10 @@ class _Words(_Scored):
     def rows_per_example(self) -> int:
         """Forward rows that one example costs."""
         return 1 if all(len(ids) == 1 for ids in self.tokens) else len(self.tokens)
+
+    def positions_scored(self, batch: Mapping[str, Any]) -> int:
+        """Return the positions of an example that are scored with the whole vocabulary: those of long words."""
+        return sum(map(len, self.tokens)) if self.rows_per_example > 1 else 0
 
     def _check(self, model: nn.Module) -> None:
         if (kind := kind_of(model)) != self.kind:
@@ -336,6 +340,10 @@ class CandidateLikelihood(_Scored):
 
     def __init__(self, candidates: int, normalize: bool = False):
         self.rows_per_example, self.normalize = candidates, normalize
+
+    def positions_scored(self, batch: Mapping[str, Any]) -> int:
+        """Return the most positions of an example's candidates that are scored with the whole vocabulary."""
+        return int((host(batch["targets"]) != -100).flatten(1).sum(1).max())
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B, K]`` float32 scores."""

@@ -54,6 +54,7 @@ def plan_memory(
     from adazeta.footprint import forward_bytes
     from adazeta.frozen import mix
     from adazeta.planner import Planner
+    from adazeta.probes import groups_of
 
     folder = model_folder(name, say)
     stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
@@ -71,7 +72,7 @@ def plan_memory(
             adapted = peft.get_peft_model(model, TTConfig(rank=rank, bottleneck=bottleneck))
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-    rows = 1 if directions == "example" else batch_size if directions == "batch" else -(-batch_size // directions)
+    rows = batch_size // groups_of(directions, batch_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if memory_budget is None and device == "cpu":
         memory_budget = max(1, (available_bytes() - weights) // 2)

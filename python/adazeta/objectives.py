@@ -110,6 +110,9 @@ class ClassObjective:
         if not isinstance(function, str) and (names is None or tokenizer is None):
             raise ValueError("a function of prompt, completion and reference needs names and tokenizer")
         self.stands_for, self.function, self.names, self.tokenizer = loss, function, names, tokenizer
+        self.tokens_behind = getattr(loss, "tokens_behind", 0)
+        if hasattr(loss, "positions_scored"):
+            self.positions_scored = loss.positions_scored
         if hasattr(loss, "scores_at_copies"):
             self.losses_at_copies = self._at_copies
         if function == "f1":

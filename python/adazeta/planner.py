@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,8 @@ MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131
 #: might not fit is the footprint looked up, which takes a second for a large model.
 MOST_WIDTHS = 32
 
-#: Lengths are looked up in multiples of this: every look-up takes a second for a large model.
+#: Lengths are looked up in multiples of this, fewer scored positions in powers of two: every look-up takes a second for
+#: a large model.
 LOOKED_UP = 32
 
 
@@ -68,7 +70,7 @@ class Planner:
         memory_budget: bytes that a forward may take above the weights; None is half of what is free.
 
     Attributes:
-        scored: positions of a row that the output layer scores with its whole vocabulary: of the batch at hand.
+        scored: positions of an example that the output layer scores with its whole vocabulary: of the batch at hand.
         asked_for: the memory budget was given, not found.
         rows_apart: rows do not see each other, so that those of a probe may pass in forwards of their own.
     """
@@ -128,9 +130,9 @@ class Planner:
         """Return how many of a probe's ``rows`` sequences share a forward that has no other probe.
 
         All of them up to ``MOST_TOKENS``; of more, equal parts, whose activations stay in the cache and take less
-        memory.
+        memory. Of fewer where that many were too many once.
         """
-        most = self._of(MOST_TOKENS, device)
+        most = min(self._of(MOST_TOKENS, device), self.most_tokens)
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
@@ -138,17 +140,22 @@ class Planner:
     def _of(self, table: dict[str, int], device: str) -> int:
         return _look_up(table, self._kind if device == "cpu" else device)
 
-    def rows(self, tokens: int, device: str = "cpu") -> int:
+    def rows(self, tokens: int, device: str = "cpu", unit: int = 1) -> int:
         """Return how many sequences of ``tokens`` tokens share a forward, whatever their number of probes.
 
+        Args:
+            tokens, device: as for :meth:`probes`.
+            unit: sequences that stay together; the number is a multiple of it.
+
         Raises:
-            SettingError: the memory budget is too small for one.
+            SettingError: the memory budget is too small for one unit.
         """
-        most, self.probes_per_forward = self.probes_per_forward, None
+        kept = self.probes_per_forward, self.rows_apart
+        self.probes_per_forward, self.rows_apart = None, False
         try:
-            return self.probes(1, tokens, device)
+            return unit * self.probes(unit, tokens, device)
         finally:
-            self.probes_per_forward = most
+            self.probes_per_forward, self.rows_apart = kept
 
     def run(
         self, forward: Callable[[int, int], torch.Tensor], first: int, last: int, tokens: int, unit: int = 1
@@ -170,15 +177,22 @@ class Planner:
             half = (last - first) // (2 * unit) * unit
             if not is_out_of_memory(error) or half == 0:
                 raise
-            if self._most_tokens is None:
-                log.warning(
-                    "out of memory in a forward of %s tokens; going on with half as many", (last - first) * tokens
-                )
-            self._most_tokens = half * tokens
+            self.learn((last - first) * tokens, half * tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
+
+    def learn(self, failed: int, tokens: int) -> None:
+        """Take no more than ``tokens`` from now on, for memory ran out with ``failed``; said once."""
+        if self._most_tokens is None:
+            log.warning("out of memory in a forward of %s tokens; going on with %s at most", failed, tokens)
+        self._most_tokens = min(tokens, self.most_tokens)
+
+    @property
+    def most_tokens(self) -> float:
+        """Tokens in a forward that memory was seen not to hold more than."""
+        return math.inf if self._most_tokens is None else self._most_tokens
 
     def _budget(self, device: str) -> int:
         if self.memory_budget is None:
@@ -200,6 +214,8 @@ class Planner:
         return self._fitting[key]
 
     def _scored(self, tokens: int) -> int:
+        if self.scored < LOOKED_UP:  # a few positions of a large vocabulary outweigh everything else
+            return min(tokens, self.scored and 1 << (self.scored - 1).bit_length())
         return min(tokens, -(-self.scored // LOOKED_UP) * LOOKED_UP)
 
     def _bytes(self, rows: int, tokens: int) -> int:

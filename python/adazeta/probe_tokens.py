@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .batches import host
+from .errors import SettingError
 from .planner import Planner, is_out_of_memory
 
 
@@ -206,19 +207,28 @@ def evaluate_probe_tokens(
         return torch.cat(pieces, 1)  # [rows, per_row]
 
     blocks: list[torch.Tensor] = []
-    first_row = 0
+    first_row, prompt = 0, ids.shape[1] - 1
     while first_row < len(ids):
-        length = ids.shape[1] - 1 + copies
-        step = planner.rows(length, ids.device.type)
+        length, fewer = prompt + copies, -(-copies // 2)
+        if copies > 1 and unit * length > planner.most_tokens:
+            copies = fewer
+            continue
+        try:
+            step = planner.rows(length, ids.device.type, unit)
+        except SettingError:  # a budget that fewer copies may keep to
+            if copies == 1:
+                raise
+            copies = fewer
+            continue
         if planner.probes_per_forward and plan.groups > 1:  # otherwise all rows share the copies
             step = min(step, planner.probes_per_forward // copies * plan.rows_per_probe)
-        last_row = min(first_row + max(unit, step - step % unit), len(ids))
+        last_row = min(first_row + step, len(ids))
         try:
             blocks += planner.run(forward, first_row, last_row, length, unit)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or copies == 1:
                 raise
-            copies = -(-copies // 2)  # rows alone are too much, with so many copies each
+            planner.learn(unit * length, unit * (prompt + fewer))  # rows alone are too much, with so many copies each
             continue
         first_row = last_row
     losses = read(blocks)

@@ -115,21 +115,28 @@ def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     return {name: take(value) for name, value in batch.items()}
 
 
-def probes_per_forward(plan: Plan, batch: Mapping[str, Any], planner: Planner) -> int:
+def probes_per_forward(plan: Plan, planner: Planner, tokens: int, device: str) -> int:
     """Return how many probes share a forward: as many as ``planner`` says, in whole groups where those fit."""
-    tokens, device = tokens_of(batch)
     probes = planner.probes(plan.rows_per_probe, tokens, device)
     # So that what lies below the first adapter runs once per example.
     per_group = len(plan) // plan.groups
     return probes - probes % per_group if probes > per_group else probes
 
 
-def tokens_of(batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the tokens of an example, of multiple choice with all its candidates, and the type of their device."""
+def tokens_of(batch: Mapping[str, Any], loss_fn: Callable | None = None) -> tuple[int, str]:
+    """Return the tokens of an example, with all its candidates, and the type of their device.
+
+    Args:
+        batch: with the candidates of multiple choice, if there are any.
+        loss_fn: a loss that may repeat a prompt for each of its label words, and put them behind it.
+    """
     for name in ("input_ids", "attention_mask", "inputs_embeds"):
         if torch.is_tensor(tensor := batch.get(name)):
             shape = tensor.shape[1:-1] if name == "inputs_embeds" else tensor.shape[1:]
-            return shape.numel(), tensor.device.type
+            if len(shape) > 1:
+                return shape.numel(), tensor.device.type
+            behind, rows = (getattr(loss_fn, *known) for known in (("tokens_behind", 0), ("rows_per_example", 1)))
+            return rows * (shape.numel() + behind), tensor.device.type
     tensor = next(value for value in batch.values() if torch.is_tensor(value) and value.ndim)
     return 1, tensor.device.type  # an image, say: not known in tokens
 
@@ -164,6 +171,7 @@ def evaluate_probes(
     heads: Sequence[torch.nn.Module] = (),
     distribution: str = "gaussian",
     planner: Planner | None = None,
+    tokens: int | None = None,
 ) -> torch.Tensor:
     """Return the loss of every row at every probe, ``[G, Q, S, rows_per_probe]`` float32 on the CPU.
 
@@ -175,6 +183,7 @@ def evaluate_probes(
         others: further parameters, inside its ``with`` statement; a forward then has one probe, unless there are
         heads: modules that hold all of them (:func:`adazeta.split_heads.heads_of`).
         planner: says how many probes share a forward; by default the number of tokens does.
+        tokens: those of an example, by default as many as the batch holds.
 
     Raises:
         ValueError: ``loss_fn`` does not return one value per row.
@@ -201,18 +210,26 @@ def evaluate_probes(
             )
         return loss.float()
 
+    rows, (held, device) = plan.rows_per_probe, tokens_of(batch)
+    tokens = held if tokens is None else tokens
+
+    def whole(first: int, last: int) -> torch.Tensor:
+        """The losses of some probes together, or of one in as many parts as it takes."""
+        if last - first > 1:
+            return forward(first, last)
+        step, unit = planner.rows_at_once(rows, tokens, device), 1 if planner.rows_apart else rows
+        parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+        return torch.cat(
+            [loss for part in parts for loss in planner.run(partial(forward, first, last), *part, tokens, unit)]
+        )
+
     losses: list[torch.Tensor] = []
-    first, rows, (tokens, device) = 0, plan.rows_per_probe, tokens_of(batch)
-    alone = others is not None and not heads  # one probe at a time, and whole: they move to it
+    first = 0
+    alone = others is not None and not heads  # one probe at a time: they move to it
     while first < len(plan):
-        count = 1 if alone else probes_per_forward(plan, batch, planner)
+        count = 1 if alone else probes_per_forward(plan, planner, tokens, device)
         last = min(first + count, len(plan))
-        step = rows if alone or count > 1 else planner.rows_at_once(rows, tokens, device)
-        if step < rows:
-            for begin in range(0, rows, step):
-                losses += planner.run(partial(forward, first, last), begin, min(begin + step, rows), tokens)
-        else:
-            losses += planner.run(forward, first, last, rows * tokens)
+        losses += planner.run(whole, first, last, rows * tokens)
         first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)
     return read(losses).view(shape)

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from adazeta_kernels import perturb_
 
+from .tokens import looking
+
 #: Where a parameter may begin in the scratch buffer, in bytes: as torch aligns memory on a GPU.
 ALIGNMENT = 512
 
@@ -109,6 +111,8 @@ class Streamed:
     @torch.compiler.disable
     def _read(self, owner: "_Perturbed", key: str, stored: torch.Tensor) -> torch.Tensor:
         """Return ``stored`` at the present probe; made anew unless ``owner`` was the last to be asked."""
+        if looking.get():  # tensors without numbers must not become the scratch buffers of those that have some
+            return stored
         if owner is not self._last:
             self._forget()
             self._last = owner

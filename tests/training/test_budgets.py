@@ -7,15 +7,19 @@ import pytest
 import torch
 from families import FAMILIES, adapted, batch_for
 from peft import get_peft_model
-from tiny import lm_batch, tiny_adapted
+from tiny import lm_batch, tiny_adapted, tiny_llama
 from transformers import BertConfig, BertModel
 
 from adazeta import LabelWords, TTConfig, ZerothOrder, frozen, memory
+from adazeta.errors import SettingError
+from adazeta.footprint import LiveBytes, forward_bytes
 from adazeta.heads import MeanPooled
-from adazeta.losses import HeadScores, lm_loss
+from adazeta.losses import CandidateLikelihood, HeadScores, lm_loss
+from adazeta.objectives import ClassObjective
 from adazeta.planner import TOKENS_PER_FORWARD, Planner
 from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
+from adazeta.tokens import looking
 
 LITTLE = 300_000  # bytes: fewer probes than the tokens would allow, more than one
 SIGNS = (1.0, -1.0)
@@ -80,24 +84,90 @@ def test_what_the_system_would_give_up_counts_as_free(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_copies_are_halved_when_one_row_is_too_much(groups):
+def test_copies_are_halved_when_one_row_is_too_much(groups, caplog):
     model, loss = tiny_adapted(noise=0.3, positions="last"), LabelWords(Words(), [" a", " b"])
     batch = {**lm_batch(4, 7), "labels": torch.arange(4) % 2}
     plan = Plan(list(range(4 * groups)), 0.1, SIGNS, groups, 4 // groups)
+    sizes, tt_model = [], model.base_model
 
-    def losses(most):
+    def losses(most, planner):
         def narrow(model, part, copies):
-            if part["input_ids"].shape[0] * copies > most:
+            sizes.append(part["input_ids"].shape[0] * copies)
+            if sizes[-1] > most:
                 raise torch.OutOfMemoryError("no room")
             return loss.losses_at_copies(model, part, copies)
 
         limited = copy.copy(loss)
         limited.losses_at_copies = narrow
-        return evaluate_probe_tokens(plan, batch, model, limited, tt_model=model.base_model, adapter="default")[0]
+        settings = {"tt_model": tt_model, "adapter": "default", "planner": planner}
+        return evaluate_probe_tokens(plan, batch, model, limited, **settings)[0]
 
-    torch.testing.assert_close(losses(8 // groups), losses(1000), atol=1e-6, rtol=0)
+    expected, planner = losses(1000, Planner()), Planner()
+    torch.testing.assert_close(losses(8 // groups - 1, planner), expected, atol=1e-6, rtol=0)
+    sizes.clear()
+    torch.testing.assert_close(losses(8 // groups - 1, planner), expected, atol=1e-6, rtol=0)
+    assert max(sizes) < 8 // groups  # learned
+    assert caplog.text.count("out of memory") == 1
     with pytest.raises(torch.OutOfMemoryError):
-        losses(0)
+        losses(0, Planner())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_budget_decides_how_many_copies_there_are(groups):
+    model, loss = tiny_adapted(layers=1, noise=0.3, positions="last"), LabelWords(Words(), [" a", " b"])
+    batch, losses, shapes = {**lm_batch(4, 7), "labels": torch.arange(4) % 2}, [], []
+
+    def note(module, args, kwargs):
+        if not looking.get():
+            shapes.append(kwargs["input_ids"].shape)
+
+    for budget in (None, 80_000):
+        step = ZerothOrder(model, queries=16, directions=groups, memory_budget=budget)
+        losses.append(step.estimate(loss, batch))  # the first one looks at the model too
+        step.zero_grad()
+        handle = model.get_base_model().model.register_forward_pre_hook(note, with_kwargs=True)
+        shapes.clear()
+        step.estimate(loss, batch)
+        handle.remove()
+    taken = max(forward_bytes(model, *shape, tt_model=model.base_model) for shape in shapes)
+    assert 0.5 * budget < taken <= budget
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    with pytest.raises(SettingError, match="too small for one probe"):
+        ZerothOrder(model, queries=1, directions=groups, memory_budget=10_000).estimate(loss, batch)
+
+
+class LongWords:
+    pad_token_id = 0
+
+    def encode(self, word, add_special_tokens):
+        return {"very bad": [4, 9], "so good": [7, 8, 5]}[word]
+
+
+@pytest.mark.parametrize("objective", [False, True], ids=["loss", "accuracy"])
+@pytest.mark.parametrize("kind", ["long words", "candidates"])
+def test_all_rows_of_an_example_count(kind, objective):
+    """A loss may repeat a prompt for each of its words, and score them with the whole vocabulary."""
+    model, batch = get_peft_model(tiny_llama(1, vocab_size=1000), TTConfig(rank=2, bottleneck=8)).eval(), lm_batch(4, 8)
+    loss = LabelWords(LongWords(), ["very bad", "so good"])
+    if kind == "candidates":
+        loss = CandidateLikelihood(3)
+        batch = {name: value[:, None].repeat(1, 3, 1) for name, value in batch.items()}
+        batch["targets"] = batch.pop("labels")
+    batch["labels"], shapes = torch.arange(4) % 2, []
+    loss = ClassObjective(loss, "accuracy") if objective else loss
+    trunk = model.get_base_model().model
+    trunk.register_forward_pre_hook(
+        lambda m, args, inputs: shapes.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    for budget in (1_000_000, 10**9):
+        step = ZerothOrder(model, queries=16, memory_budget=budget)
+        step.estimate(loss, batch)  # with a look at the model, and at the memory of its forwards
+        step.zero_grad()
+        shapes.clear()
+        with LiveBytes() as live:
+            step.estimate(loss, batch)
+        assert 0.3 * 10**6 < live.peak < budget
+    assert 400 < max(shapes) <= TOKENS_PER_FORWARD["cpu float32"]
 
 
 def test_limited_copies_still_share_forwards_between_rows():

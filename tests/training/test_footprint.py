@@ -14,6 +14,7 @@ from adazeta import TTConfig
 from adazeta.footprint import LiveBytes, forward_bytes
 from adazeta.frozen import mix, pack
 from adazeta.memory import MIB, read_size
+from adazeta.memory_plan import plan_memory
 from adazeta.planner import TOKENS_PER_FORWARD, Planner, is_out_of_memory
 from adazeta.probes import Probes, probing
 from adazeta.scoring import scored_logits, trunk_of
@@ -185,6 +186,13 @@ def test_the_plan_of_a_run_is_within_a_tenth_of_what_it_takes(tmp_path):
             pytest.skip("this system does not let a process reset its peak of memory")
         assert found["weights"] > 100 * MIB
         assert found["measured"] == pytest.approx(found["peak"], rel=0.1)
+
+
+def test_the_plan_cuts_a_batch_into_the_groups_that_a_step_makes_of_it(tmp_path):
+    write_model(tmp_path / "base")
+    settings = {"rank": 2, "bottleneck": 8, "tokens": 20, "batch_size": 8}
+    plans = [plan_memory(tmp_path / "base", directions=count, **settings) for count in ("batch", 3, "example")]
+    assert [plan["rows"] for plan in plans] == [8, 4, 1]
 
 
 def test_the_command_tells_the_plan(tmp_path, capsys):

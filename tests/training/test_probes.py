@@ -90,8 +90,8 @@ def test_plan_names_seed_scale_and_rows():
 
 def test_default_limit_keeps_whole_groups():
     plan = Plan(list(range(16)), 0.5, SIGNS, 8, 1)  # 4 probes per group
-    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 30, dtype=torch.long)}, Planner()) == 8
-    assert probes_per_forward(plan, {"input_ids": torch.zeros(8, 5000, dtype=torch.long)}, Planner()) == 1
+    assert probes_per_forward(plan, Planner(), 30, "cpu") == 8
+    assert probes_per_forward(plan, Planner(), 5000, "cpu") == 1
 
 
 def test_batch_helpers():
@@ -199,8 +199,28 @@ def test_a_part_that_does_not_fit_is_halved(monkeypatch):
     plan, planner = Plan([3], 0.05, SIGNS, 1, 4), Planner(model)
     planner.rows_apart = True
     parted = evaluate_probes(plan, lm_batch(), limited, tt_model=model.base_model, planner=planner)
-    assert sizes == [2, 1, 1, 2, 1, 1] * 2
+    assert sizes == [2, 1, 1, 2, 1, 1] + [1] * 4  # and smaller parts from the next probe on
     torch.testing.assert_close(parted, losses_of(model, plan, lm_batch()), atol=1e-5, rtol=0)
+
+
+def test_a_probe_that_does_not_fit_passes_in_parts(caplog):
+    model, sizes = tiny_adapted(noise=0.2), []
+
+    def limited(batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise MemoryError
+        return lm_loss(model, batch)
+
+    plan, planner = Plan([3, 4], 0.05, SIGNS, 1, 4), Planner(probes_per_forward=2)
+    with pytest.raises(MemoryError):  # as long as rows may see each other
+        evaluate_probes(plan, lm_batch(), limited, tt_model=model.base_model, planner=planner)
+    planner, sizes[:] = Planner(probes_per_forward=2), []
+    planner.rows_apart = True
+    parted = evaluate_probes(plan, lm_batch(), limited, tt_model=model.base_model, planner=planner)
+    assert sizes == [8, 4] + [2] * 8  # the first one is halved twice, and all others begin with what was learned
+    torch.testing.assert_close(parted, losses_of(model, plan, lm_batch()), atol=1e-5, rtol=0)
+    assert caplog.text.count("out of memory") == 2  # once for each planner
 
 
 def test_parts_are_equal():

@@ -60,6 +60,13 @@ def test_below_a_pooler_that_trains_blocks_are_shared(caplog):
     assert plain.std() > 0.01 and not caplog.records
 
 
+def test_a_budget_that_has_to_be_looked_up():
+    """Below a pooler that trains: it is part of what is looked at."""
+    model = with_head("bert")
+    expected = coefficients_of(model)[1]
+    torch.testing.assert_close(coefficients_of(model, memory_budget=300_000)[1], expected, atol=3e-4, rtol=1e-3)
+
+
 def test_other_parameters_keep_a_forward_per_probe():
     model = with_head("bert")
     inner = model.get_base_model()

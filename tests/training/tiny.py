@@ -13,7 +13,7 @@ from adazeta_kernels import fill_normal_
 def tiny_llama(layers: int = 3, seed: int = 0, **settings) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=64,
+        vocab_size=settings.pop("vocab_size", 64),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
