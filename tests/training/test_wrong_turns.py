@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tiny import lm_batch, tiny_adapted
+from transformers import TrainingArguments
 
-from adazeta import TTConfig, ZerothOrder
+from adazeta import TTConfig, ZerothOrder, ZOTrainer
 from adazeta.losses import lm_loss
 
 
@@ -45,6 +46,15 @@ def test_an_adapter_that_is_not_active():
         opt.estimate(lm_loss, lm_batch())
     opt.estimate(lm_loss, lm_batch())
     opt.step()
+
+
+def test_a_trainer_with_a_loss_of_the_usual_place(tmp_path):
+    class Weighted(ZOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return model(**inputs).loss * 2
+
+    with pytest.raises(ValueError, match="does not call compute_loss, which Weighted overrides: give loss="):
+        Weighted(model=tiny_adapted(1), args=TrainingArguments(tmp_path, report_to=[]))
 
 
 def test_adapters_are_not_mixed_in_a_batch():
