@@ -183,11 +183,6 @@ def reference(op: str) -> Callable:
     return getattr(_reference, op)
 
 
-def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call would have to be recorded for autograd, or gives a tangent in its forward mode."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) or any_tangent(*tensors)
-
-
 def any_tangent(*tensors: torch.Tensor | None) -> bool:
     """Whether forward-mode differentiation is under way through a tensor."""
     # The level is private; where it is gone, every tensor is asked.
@@ -215,7 +210,7 @@ def plain(tensors, *args) -> bool:
 
 
 def differentiable(op: str, backend: str | None) -> Callable:
-    """The reference function of `op`, for inputs that require grad.
+    """The reference function of `op`, for calls of which derivatives are wanted.
 
     Raises:
         RuntimeError: another backend is named, which has no backward.
@@ -224,15 +219,16 @@ def differentiable(op: str, backend: str | None) -> Callable:
     refused = name not in ("auto", "reference")
     # torch.compile traces this function, and knows no ContextVar.
     if not torch.compiler.is_compiling() and _explaining.get():
-        no_backward = "inputs require grad, and only the reference has a backward"
-        order = Order(names=NAMES if name == "auto" else (name,), reason="inputs require grad")
+        no_backward = "inputs require grad or forward mode is on, and only the reference has derivatives"
+        order = Order(names=NAMES if name == "auto" else (name,), reason="derivatives are wanted")
         passed_over = {n: no_backward for n in order.names if n != "reference"}
         backend = None if refused else "reference"
-        raise _Explained(Explanation(op, "inputs that require grad", backend, passed_over, order))
+        raise _Explained(Explanation(op, "inputs that require grad, or in forward mode,", backend, passed_over, order))
     if refused:
         raise RuntimeError(
-            f"backend {name!r} cannot run {op} on inputs that require grad, only the reference has a backward: call it "
-            "under torch.no_grad() or with backend='reference'"
+            f"backend {name!r} cannot run {op} on inputs that require grad or in forward-mode differentiation: only "
+            "the reference has derivatives. Call it under torch.no_grad() and outside of forward mode, or with "
+            "backend='reference'"
         )
     return reference(op)
 

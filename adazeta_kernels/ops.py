@@ -7,7 +7,7 @@ then "auto". An unknown name is a ValueError, a named backend that cannot run th
 Wrappers check types and turn lists into tensors; everything else is checked in `checks.py`, before anything is written.
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
-and an input requires grad, or an input carries a tangent (torch.autograd.forward_ad), they run the reference backend,
+and an input requires grad, and in forward-mode differentiation (`torch.func.jvp`), they run the reference backend,
 which is differentiable plain torch. torch.autocast changes no result.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from adazeta_kernels import checks, dispatch
+from adazeta_kernels.backends.reference.tt import differentiated
 from adazeta_kernels.layout import TTAdapterLayout
 
 _lib = torch.library.Library("adazeta", "DEF")
@@ -226,11 +227,13 @@ def tt_factors(
     seeds, scales = checks.seeds_to_tensor("tt_factors", seeds), checks.scales_to_tensor("tt_factors", scales)
     offset, adapters = checks.offset("tt_factors", offset), checks.adapters("tt_factors", adapters)
     checks.are_names("tt_factors", backend, distribution=distribution)
-    if dispatch.any_requires_grad(theta):
+    if differentiated(theta):
         checks.tt_factors(theta, layout, seeds, scales, offset, adapters, distribution)
-        checks.finite_scales("tt_factors", scales)
         run = dispatch.differentiable("tt_factors", backend)
-        rows = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
+
+        def rows(*args):
+            return _call("perturb_rows", *args, backend)
+
         factors = run(theta, layout, seeds, scales, offset, distribution, rows)
         return factors[0] if adapters is None else factors
     args = (theta, layout._encoded, seeds, scales, offset, adapters, distribution, backend)
@@ -251,6 +254,21 @@ def _tt_factors(theta, layout, seeds, scales, offset, adapters, distribution, ba
         args += (dispatch.select("perturb_rows", backend, theta.device, theta.dtype),)
     factors = run(*args)
     return factors[0] if adapters is None else factors
+
+
+def _perturb_rows(theta, seeds, scales, offset, distribution, backend):
+    checks.finite_scales("tt_factors", scales)
+    run = dispatch.select("perturb_rows", backend, theta.device, theta.dtype)
+    return run(theta, seeds, scales, offset, distribution)
+
+
+# Not public: what of tt_factors is no plain torch. An op, so that torch.func, torch.compile and vmap see through it
+# where they differentiate the rest.
+_register(
+    "perturb_rows(Tensor theta, Tensor seeds, Tensor scales, int offset, str distribution, str? backend) -> Tensor",
+    _perturb_rows,
+    lambda theta, seeds, *_: theta.new_empty((seeds.shape[0], theta.shape[0])),
+)
 
 
 def _tt_factors_fake(theta, layout, seeds, scales, offset, adapters, distribution, backend):
@@ -306,7 +324,7 @@ def tt_adapter(
     checks.is_layout("tt_adapter", layout)
     checks.are_names("tt_adapter", backend, act=act)
     scale = checks.finite("tt_adapter", "scale", scale)
-    if dispatch.any_requires_grad(x, factors):
+    if differentiated(x, factors):
         checks.tt_adapter(x, factors, layout, act, scale)
         return dispatch.differentiable("tt_adapter", backend)(x, factors, layout, act, scale)
     return _call("tt_adapter", x, factors, layout._encoded, act, scale, backend)
@@ -369,7 +387,7 @@ def tt_linear(
     if bias is not None:
         checks.is_tensor("tt_linear", "bias", bias)
     checks.are_names("tt_linear", backend)
-    if dispatch.any_requires_grad(x, L, R, bias):
+    if differentiated(x, L, R, bias):
         checks.tt_linear(x, L, R, bias)
         return dispatch.differentiable("tt_linear", backend)(x, L, R, bias)
     return _call("tt_linear", x, L, R, bias, backend)
@@ -431,7 +449,7 @@ def low_rank_linear(
         checks.is_tensor("low_rank_linear", name, value)
     checks.are_names("low_rank_linear", backend)
     scale = checks.finite("low_rank_linear", "scale", scale)
-    if dispatch.any_requires_grad(x, base, A, B):
+    if differentiated(x, base, A, B):
         checks.low_rank_linear(x, base, A, B)
         return dispatch.differentiable("low_rank_linear", backend)(x, base, A, B, scale)
     return _call("low_rank_linear", x, base, A, B, scale, backend)

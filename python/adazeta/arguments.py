@@ -88,12 +88,15 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"TrainingArguments that ZOTrainer does not take: {'; '.join(asked)}")
 
 
-def check_trainer_arguments(*args, **kwargs) -> None:
-    """Refuse arguments of ``Trainer`` itself that are about gradients, given in any order.
+def check_trainer_arguments(kind: type[Trainer], *args, **kwargs) -> None:
+    """Refuse arguments of ``Trainer`` itself that are about gradients, given in any order, to the class ``kind``.
 
     Raises:
-        ValueError: one of ``NOT_TAKEN``.
+        ValueError: one of ``NOT_TAKEN``, or a ``compute_loss`` of its own, which no zeroth-order step calls.
     """
+    if kind.compute_loss is not Trainer.compute_loss:
+        reason = NOT_TAKEN["compute_loss_func"]
+        raise ValueError(f"ZOTrainer does not call compute_loss, which {kind.__name__} overrides: {reason}")
     given: Mapping[str, Any] = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
     for name, reason in NOT_TAKEN.items():
         if given.get(name) not in (None, (None, None)):

@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .batches import host, onto
-from .forwards import forward_of
+from .forwards import forward_of, is_compiled
 from .scoring import kind_of, language_model, model_inputs, scored_only, trunk_of
 from .tokens import looking
 from .tuner.layer import TTLayer
@@ -127,6 +127,8 @@ class BlockEnds:
         if now == self._looked_at or trunk is None or trunk.training:
             return
         self._looked_at, self.below, self.above = now, [], []
+        if any(map(is_compiled, language_model(self.model).modules())):
+            return
         token = looking.set(True)
         try:
             look = _Look(self.model, trunk)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .block_ends import KEPT_BYTES
+from .others import check_active
 from .probe_tokens import can_use_probe_tokens, evaluate_probe_tokens
 from .probes import Plan, evaluate_probes, tokens_of
 
@@ -21,6 +22,8 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
         batch, loss_fn: as of ``ZerothOrder.estimate``.
     """
     model, tt_model, planner, prefix = optimizer.model, optimizer.tt_model, optimizer.planner, optimizer.prefix
+    if tt_model is not None:
+        check_active(tt_model, optimizer.adapter)
     # Asked for also where it is not needed: it makes the layers' offsets those of the flat vector.
     offset = tt_model.theta(optimizer.adapter).numel() if tt_model is not None else 0
     others = optimizer._others.at_probes(model, offset, optimizer.distribution)

@@ -4,7 +4,14 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` runs code that was made of it once, and not what now stands in the place of a ``forward``."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 @contextmanager

@@ -185,7 +185,9 @@ class ZerothOrder(torch.optim.Optimizer):
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.
 
         Raises:
-            ValueError: with the data spread over ranks, a loss that is no mean over examples.
+            TypeError: a batch that is no mapping, a loss that is no tensor.
+            ValueError: other than one loss per row; the adapter is not active, or disabled; with the data spread over
+                ranks, a loss that is no mean over examples.
         """
         if self.pending:
             return self.next_recorded.loss
@@ -194,7 +196,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.ranks:
             self.ranks.check_loss(loss_fn)
         least = 0 if self.ranks else 1  # a rank may get none of a small batch, and a drawn batch may be empty
-        examples = batch_size(batch, least) if batch or not self.privacy else 0
+        examples = batch_size(batch, least) if not self.privacy or batch else 0
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             batch = to_device(batch, device)

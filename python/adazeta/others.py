@@ -69,7 +69,17 @@ class Others:
 
 
 def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
-    """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter."""
+    """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: several adapters are trainable.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "ZerothOrder takes the model itself, not its parameters: ZerothOrder(model, lr=...) trains those that "
+            f"require grad; got {type(model).__name__}"
+        )
     tt_model = next((m for m in model.modules() if isinstance(m, TTModel)), None)
     if tt_model is None:
         return None, "default"
@@ -81,3 +91,15 @@ def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
     if len(names) > 1:
         raise ValueError(f"adapters {names} are all trainable; make one active with model.set_adapter(name)")
     return (tt_model, names[0]) if names else (None, "default")
+
+
+def check_active(tt_model: TTModel, adapter: str) -> None:
+    """Raise ValueError if forwards do not pass through ``adapter``, so that all probes would have the same losses."""
+    for _, layer in tt_model.tt_layers(adapter):
+        if layer.disable_adapters:
+            raise ValueError(f"the optimizer trains the adapter {adapter!r}, which is disabled; enable it first")
+        if adapter not in layer.active_adapters:
+            raise ValueError(
+                f"the optimizer trains the adapter {adapter!r}, which is not active; call set_adapter({adapter!r}), or "
+                f"make an optimizer for {', '.join(map(repr, layer.active_adapters))}"
+            )

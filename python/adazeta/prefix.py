@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .batches import host
-from .forwards import forward_of
+from .forwards import forward_of, is_compiled
 from .prefix_identity import CannotShare, Watch, identity
 from .tokens import looking, told
 
@@ -125,6 +125,8 @@ class Prefix:
         self.backbone, self._path, inner = self._find_backbone(name)
         if self.backbone.training:
             raise CannotShare("the model is in training mode; call model.eval()")
+        if any(map(is_compiled, self.tt_model.modules())):
+            raise CannotShare("the model is compiled")
         watch = Watch(self.backbone, inner, self.first)
         self._parameters = list(inspect.signature(self.backbone.forward).parameters)
         self._no_cache = {"use_cache": False} if "use_cache" in self._parameters else {}

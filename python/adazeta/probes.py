@@ -92,6 +92,11 @@ def groups_of(directions: str | int, examples: int) -> int:
 
 def batch_size(batch: Mapping[str, Any], least: int = 1) -> int:
     """Return the number of examples, at least ``least``: dimension 0 of the batch's tensors, which must agree."""
+    if not hasattr(batch, "items"):
+        raise TypeError(
+            "estimate(loss_fn, batch): batch must be a mapping of names to tensors, as tokenizers make, got "
+            f"{type(batch).__name__}"
+        )
     sizes = {name: value.shape[0] for name, value in batch.items() if torch.is_tensor(value) and value.ndim}
     if not sizes:
         raise ValueError(f"the batch holds no tensor with examples in dimension 0; its keys are {sorted(batch)}")
@@ -186,7 +191,8 @@ def evaluate_probes(
         tokens: those of an example, by default as many as the batch holds.
 
     Raises:
-        ValueError: ``loss_fn`` does not return one value per row.
+        TypeError: ``loss_fn`` returns no tensor.
+        ValueError: it does not return one value per row.
     """
     planner = planner or Planner()
 
@@ -203,6 +209,11 @@ def evaluate_probes(
             if tt_model is not None:
                 stack.enter_context(probing(tt_model, Probes.of(seeds, scales, adapter, distribution)))
             loss = loss_fn(take_rows(batch, rows))
+        if not torch.is_tensor(loss):
+            raise TypeError(
+                f"the loss function must return a tensor of one loss per row, got {type(loss).__name__}: "
+                "adazeta.losses.lm_loss is the loss of a language model for every row"
+            )
         if loss.shape != (len(rows),):
             raise ValueError(
                 f"the loss function must return one loss per row, shape ({len(rows)},), got {tuple(loss.shape)}; "

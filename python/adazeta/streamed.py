@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from adazeta_kernels import perturb_
 
+from .forwards import is_compiled
 from .tokens import looking
 
 #: Where a parameter may begin in the scratch buffer, in bytes: as torch aligns memory on a GPU.
@@ -62,7 +63,7 @@ class Streamed:
             offset += parameter.numel()
         for name, module in model.named_modules():
             own = {key: offsets[id(p)] for key, p in module._parameters.items() if id(p) in offsets}
-            if _is_compiled(module):
+            if is_compiled(module):
                 raise ValueError(
                     f"module {name!r} is compiled, and compiled code reads parameters in its own way; use "
                     "perturb='in-place'"
@@ -175,11 +176,6 @@ class _StoredReads(TorchDispatchMode):
             return None
         place = bisect_right(self._spans, (value.data_ptr(), float("inf"))) - 1
         return self._spans[place][2] if place >= 0 and value.data_ptr() < self._spans[place][1] else None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _aligned_bytes(tensor: torch.Tensor) -> int:

@@ -87,7 +87,7 @@ class ZOTrainer(Trainer):
         ranks: Ranks | None = None,
         **kwargs,
     ):
-        check_trainer_arguments(model, args, *rest, **kwargs)
+        check_trainer_arguments(type(self), model, args, *rest, **kwargs)
         if args is not None:
             check_arguments(args)
         self.zo = zo or ZOConfig()

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) and opcheck for all six ops."""
+"""torch.compile(fullgraph=True) for all six ops; opcheck for them and for the one that is not public."""
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ CASES = {
         OPS.tt_factors,
         (torch.randn(3 * LAYOUT.numel), LAYOUT.encode(), SEEDS, SCALES, 9, 3, "gaussian", None),
     ),
+    "perturb_rows": lambda: (OPS.perturb_rows, (torch.randn(9), SEEDS, SCALES, 2, "gaussian", None)),
     "tt_adapter": lambda: (OPS.tt_adapter, (torch.randn(3, 4, 24), factors(), LAYOUT.encode(), "gelu", 0.5, None)),
     "tt_adapter_bf16": lambda: (
         OPS.tt_adapter,
@@ -63,7 +64,7 @@ def test_opcheck(name):
 def test_every_op_has_an_opcheck():
     checked = {CASES[name]()[0].default._schema.name for name in CASES}
     registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("adazeta::")}
-    assert registered == checked and len(registered) == 6
+    assert registered == checked and len(registered) == 7
 
 
 def step(theta, x, base, seeds, scales):
@@ -140,7 +141,7 @@ def test_gradient_through_a_compiled_adapter():
     x = torch.randn(1, 5, 24)
 
     def loss(theta):
-        f = kernels.backends.reference.tt.contract_cores(theta[None], LAYOUT)
+        f = kernels.tt_factors(theta, LAYOUT, [5], [0.5])
         return kernels.tt_adapter(x, f, LAYOUT, act="gelu").square().sum()
 
     (expected,) = torch.autograd.grad(loss(theta), theta)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import dense_float64, lm_batch, tiny_adapted, tiny_llama
@@ -129,6 +130,16 @@ def test_loaded_parameters_are_views_of_theta(tmp_path, low_cpu_mem_usage):
     assert torch.equal(theta, model.base_model.theta())
     theta.zero_()
     assert all((p == 0).all() for p in loaded.parameters() if p.requires_grad)
+
+
+def test_a_state_dict_holds_numbers_that_other_programs_can_save(tmp_path):
+    model, batch = tiny_adapted(noise=0.2), lm_batch()
+    safetensors.torch.save_model(model, tmp_path / "whole.safetensors")  # accelerate's save_state does; refuses views
+    loaded = tiny_adapted()
+    safetensors.torch.load_model(loaded, tmp_path / "whole.safetensors")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    kept = model.state_dict(keep_vars=True)
+    assert all(kept[name] is parameter for name, parameter in model.named_parameters())
 
 
 def test_several_adapters_and_disable():

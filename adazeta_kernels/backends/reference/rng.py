@@ -137,8 +137,13 @@ def perturb_(
 def perturb_rows(
     theta: torch.Tensor, seeds: torch.Tensor, scales: torch.Tensor, offset: int, distribution: str
 ) -> torch.Tensor:
-    """Row p of the result `(P, n)` is theta + scales[p] z(seeds[p]), the bits that perturb_ would write; float32."""
+    """Row p of the result `(P, n)` is theta + scales[p] z(seeds[p]): in float32 the bits that perturb_ would write, in
+    float64 the oracle, the float32 normals scaled and added in float64."""
     out = theta.new_empty((seeds.numel(), theta.numel()))
+    if theta.dtype == torch.float64:
+        for row, seed in zip(out, seeds.tolist(), strict=True):
+            fill_normal_(row, seed % 2**64, offset, distribution)
+        return out.mul_(scales.to(out)[:, None]).add_(theta)
     for row, term in zip(out, _terms(seeds, scales), strict=True):
         for piece, index in _chunks([row], offset):
             source = _float32(theta[index - offset :][: piece.numel()])

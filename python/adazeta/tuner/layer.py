@@ -40,6 +40,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
         self.focus: torch.Tensor | ProbeTokens | None = None  # set only inside adazeta.probe_tokens.focused()
         self._disable_adapters = False
         self.merged_adapters = []
+        self.register_state_dict_post_hook(_own_storage)
 
     def add_adapter(self, name, layout, placement, act, scale, positions, offset, theta):
         """Register adapter ``name`` with its numbers ``theta`` (``[layout.numel]``), at ``offset`` in the flat one."""
@@ -114,3 +115,11 @@ class TTLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "tt." + super().__repr__()
+
+
+def _own_storage(layer: TTLayer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Put copies in the place of views of the flat theta: safetensors refuses tensors that share a storage."""
+    for name in layer.tt_theta:
+        key = f"{prefix}tt_theta.{name}"
+        if not isinstance(state_dict[key], nn.Parameter):  # with keep_vars=True the parameters themselves are wanted
+            state_dict[key] = state_dict[key].clone()

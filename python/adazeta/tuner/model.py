@@ -104,6 +104,16 @@ class TTModel(BaseTuner):
     def _get_learnable_bias_state_dict(cls, model, state_dict, config):
         return {}
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        """Refuse what PEFT would otherwise leave out without a word."""
+        if adapter_names is not None:
+            raise ValueError(
+                "TT adapters cannot be mixed within a batch (adapter_names=...): call the model once for every "
+                "adapter, after set_adapter(name), or inside disable_adapter() for the base model"
+            )
+        yield
+
     def tt_layers(self, adapter_name: str) -> list[tuple[str, TTLayer]]:
         """Return ``(module name, layer)`` of every layer that holds ``adapter_name``, in the model's module order."""
         if adapter_name not in self._layers:

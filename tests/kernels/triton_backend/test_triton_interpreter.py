@@ -1,7 +1,7 @@
 """Runs the files test_interpreted_*.py, each in a process under Triton's interpreter.
 
 The Triton of this environment runs all of them. Every one named by ADAZETA_TEST_TRITON (folders made by
-`pip install --target FOLDER --no-deps triton==3.6.0`, separated as in PATH) runs a part; CI tests the oldest version so.
+`pip install --target FOLDER --no-deps triton==3.6.0`, separated as in PATH) runs a part; CI tests the oldest version.
 """
 
 import os

@@ -1,0 +1,64 @@
+"""What a loop of one's own gets wrong at first, and is told in so many words."""
+
+import pytest
+import torch
+from tiny import lm_batch, tiny_adapted
+from transformers import TrainingArguments
+
+from adazeta import TTConfig, ZerothOrder, ZOTrainer
+from adazeta.losses import lm_loss
+
+
+def test_parameters_in_place_of_the_model():
+    model = tiny_adapted(1)
+    for given in (model.parameters(), list(model.parameters()), [{"params": model.parameters()}]):
+        with pytest.raises(TypeError, match=r"takes the model itself, not its parameters: ZerothOrder\(model, lr="):
+            ZerothOrder(given, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    "args", [(lm_loss, [lm_batch()]), (lm_batch(), lm_loss), (lm_loss, torch.zeros(2, 3))], ids=["list", "swap", "ids"]
+)
+def test_a_batch_that_is_no_mapping(args):
+    with pytest.raises(TypeError, match=r"estimate\(loss_fn, batch\): batch must be a mapping .*, got (list|fun|Ten)"):
+        ZerothOrder(tiny_adapted(1)).estimate(*args)
+
+
+@pytest.mark.parametrize("what", ["CausalLMOutputWithPast", "float", "NoneType"])
+def test_a_loss_that_is_no_tensor(what):
+    def loss(model, batch):
+        out = model(**batch)
+        return {"CausalLMOutputWithPast": out, "float": float(out.loss), "NoneType": None}[what]
+
+    with pytest.raises(TypeError, match=f"a tensor of one loss per row, got {what}"):
+        ZerothOrder(tiny_adapted(1)).estimate(loss, lm_batch())
+
+
+def test_an_adapter_that_is_not_active():
+    model = tiny_adapted(1)
+    model.add_adapter("second", TTConfig(rank=2, bottleneck=4))
+    opt = ZerothOrder(model)
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"trains the adapter 'default', which is not active; .*'default'"):
+        opt.estimate(lm_loss, lm_batch())
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(ValueError, match="'default', which is disabled"):
+        opt.estimate(lm_loss, lm_batch())
+    opt.estimate(lm_loss, lm_batch())
+    opt.step()
+
+
+def test_a_trainer_with_a_loss_of_the_usual_place(tmp_path):
+    class Weighted(ZOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return model(**inputs).loss * 2
+
+    with pytest.raises(ValueError, match="does not call compute_loss, which Weighted overrides: give loss="):
+        Weighted(model=tiny_adapted(1), args=TrainingArguments(tmp_path, report_to=[]))
+
+
+def test_adapters_are_not_mixed_in_a_batch():
+    model, ids = tiny_adapted(1), lm_batch()["input_ids"]
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="adapter_names"):
+            call(input_ids=ids, adapter_names=["__base__"] * len(ids))
