@@ -90,7 +90,7 @@ class Planner:
             raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
         self.model, self.tt_model, self.adapter = model, tt_model, adapter
         self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model else []
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model is not None else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
         self.scored, self.rows_apart = 0, False
         self._kind = _kind_of(model, "cpu")
