@@ -106,7 +106,15 @@ def pack_other_weights(model):
     assert pack(model.base_model.model, tokens=16) == 2
 
 
-CHANGES = [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast, pack_other_weights]
+def scaled(module, args, output):
+    return 1.5 * output
+
+
+def hook(model):
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(scaled)
+
+
+CHANGES = [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast, pack_other_weights, hook]
 
 
 @pytest.mark.parametrize("setting", ["memory", "disk"])
