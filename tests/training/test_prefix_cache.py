@@ -238,6 +238,25 @@ def test_two_processes_may_share_a_folder(tmp_path):
     assert two.get(b"other") is None
 
 
+def test_files_that_another_process_renames_are_no_errors(tmp_path, monkeypatch, caplog):
+    cache = DiskCache(tmp_path, 10**6)
+    cache.open(lambda: "0" * 64)
+    (tmp_path / ("0" * 64) / ".half.tmp").write_bytes(b"written")
+    scandir = os.scandir
+
+    def renamed(folder):
+        for entry in list(scandir(folder)):
+            if entry.name.endswith(".tmp"):
+                os.rename(entry.path, f"{folder}/whole")
+            yield entry
+
+    monkeypatch.setattr(os, "scandir", renamed)
+    again = DiskCache(tmp_path, 10**6)
+    again.open(lambda: "0" * 64)
+    again.put(b"key", torch.ones(2, 3))
+    assert torch.equal(again.get(b"key"), torch.ones(2, 3)) and not caplog.records
+
+
 def test_memory_keeps_a_share_of_every_epoch_but_not_what_is_never_asked_for():
     value, generator = torch.zeros(10), torch.Generator().manual_seed(0)
     cache = MemoryCache(50 * value.nbytes)
