@@ -89,6 +89,7 @@ class BlockEnds:
             parts.append(f"{len(self.above)} of the last block at scored tokens only")
         return "linear layers: " + ", ".join(parts) if parts else ""
 
+    @torch.compiler.disable  # it puts other forwards into modules that a compiler may be following
     def _once_per_row(self, forward: Callable, *args, **kwargs):
         """Stand in for the trunk's ``forward``: :attr:`below` multiply one of the rows that have the same inputs."""
         found = None if looking.get() or args else _distinct(kwargs)

@@ -127,6 +127,7 @@ class Graphs:
             self._said = reason
             _log.info("CUDA graphs are not used: %s", reason)
 
+    @torch.compiler.disable  # it puts other forwards into modules that a compiler may be following
     def _forward(self, forward: Callable, *args, **kwargs):
         """Stand in for the trunk's ``forward``."""
         layers = [layer for _, layer in self.tt_model.tt_layers(self.adapter)]

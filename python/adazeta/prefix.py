@@ -165,6 +165,7 @@ class Prefix:
         if plain.shape != other.shape or not torch.allclose(plain, other, rtol=0, atol=bound, equal_nan=True):
             raise CannotShare(f"the blocks of {type(self.backbone).__name__} hand on more than hidden states")
 
+    @torch.compiler.disable  # it puts other forwards into modules that a compiler may be following
     def _forward(self, forward: Callable, *args, **kwargs):
         """Stand in for the backbone's ``forward``."""
         if looking.get():

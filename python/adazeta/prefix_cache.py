@@ -12,6 +12,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -196,7 +197,12 @@ class DiskCache:
 
 
 def _size(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    """Return the bytes of the files in ``folder``, of which other processes may rename or delete any meanwhile."""
+    found = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            found += entry.stat().st_size if entry.is_file() else 0
+    return found
 
 
 def _encode(key: bytes, value: torch.Tensor) -> bytes:

@@ -46,8 +46,8 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
 class Watch:
     """Tell before every estimate whether what lies below the first adapter is still what it was, in little time.
 
-    Modules and tensors are compared by identity, tensors also by memory, dtype and version. Writes through ``.data``
-    leave no trace but the numbers: ``SAMPLES`` of each tensor are read.
+    Modules, their hooks and tensors are compared by identity, tensors also by memory, dtype and version. Writes through
+    ``.data`` leave no trace but the numbers: ``SAMPLES`` of each tensor are read.
 
     Args:
         backbone, blocks, first: as for :func:`frozen_tensors`, which is asked once.
@@ -59,9 +59,12 @@ class Watch:
         self._held: list[tuple[dict, str, Any]] = []  # who holds what under which name
         self._sizes: list[tuple[dict, int]] = []
         self._tuners: list[tuple[BaseTunerLayer, list]] = []
+        self._hooked: list[tuple[nn.Module, list]] = []
         for name, module in backbone.named_modules():
             if _above(name, blocks, first):
                 continue
+            if name:  # what the backbone's own hooks change is seen in what it is given
+                self._hooked.append((module, _hooks(module)))
             prefix = f"{name}." if name else ""
             below = {key: child for key, child in module._modules.items() if not _above(prefix + key, blocks, first)}
             tensors = {key: one for key, one in vars(module).items() if torch.is_tensor(one)}  # packed weights are such
@@ -91,6 +94,7 @@ class Watch:
             all(own.get(key) is one for own, key, one in self._held)
             and all(len(own) == size for own, size in self._sizes)
             and all(_active(module) == active for module, active in self._tuners)
+            and all(_hooks(module) == hooks for module, hooks in self._hooked)
             and self._look() == self._marks
             and torch.equal(self._read(), self._samples)
         )
@@ -113,6 +117,14 @@ def _above(name: str, blocks: str, first: int) -> bool:
     if name.partition(".")[0] == "pooler":
         return True
     return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
+
+
+def _hooks(module: nn.Module) -> list:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _named(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__qualname__)
 
 
 def _active(layer: BaseTunerLayer) -> list[str]:
@@ -142,6 +154,7 @@ def identity(backbone: nn.Module, tensors: dict[str, torch.Tensor], first: int) 
         "config": config.to_dict() if hasattr(config, "to_dict") else {},
         "attention": getattr(config, "_attn_implementation", None),
         "modules": [f"{name} {type(module).__qualname__}" for name, module in backbone.named_modules()],
+        "hooks": [_named(hook) for name, module in backbone.named_modules() if name for hook in _hooks(module)],
         # Products of another packing have other bits, though the numbers are the same.
         "packed": [module.packed_for for module in backbone.modules() if isinstance(module, PackedLinear)],
         "first": first,

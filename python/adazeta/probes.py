@@ -238,8 +238,10 @@ def evaluate_probes(
     first = 0
     alone = others is not None and not heads  # one probe at a time: they move to it
     while first < len(plan):
-        count = 1 if alone else probes_per_forward(plan, planner, tokens, device)
-        last = min(first + count, len(plan))
+        count = 1
+        if not alone or planner.asked_for:  # which may be too small for one
+            count = probes_per_forward(plan, planner, tokens, device)
+        last = first + 1 if alone else min(first + count, len(plan))
         losses += planner.run(whole, first, last, rows * tokens)
         first = last
     shape = (plan.groups, len(plan.seeds) // plan.groups, len(plan.signs), plan.rows_per_probe)

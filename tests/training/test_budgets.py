@@ -66,6 +66,21 @@ def test_a_budget_of_a_pooled_encoder_and_of_a_model_that_is_no_transformer(capl
     assert caplog.text.count("is not known beforehand") == 1
 
 
+@pytest.mark.parametrize("perturb", ["streamed", "in-place"])
+def test_a_budget_is_one_for_parameters_that_are_no_adapters_too(perturb):
+    model, losses = tiny_llama(1), []
+    before = [p.clone() for p in model.parameters()]
+    for budget in (None, LITTLE):
+        losses.append(
+            ZerothOrder(model, queries=2, perturb=perturb, memory_budget=budget).estimate(lm_loss, lm_batch())
+        )
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    with pytest.raises(SettingError, match="too small for one probe of 4 rows"):
+        ZerothOrder(model, queries=2, perturb=perturb, memory_budget=10_000).estimate(lm_loss, lm_batch())
+    for p, old in zip(model.parameters(), before):
+        torch.testing.assert_close(p, old, atol=1e-6, rtol=0)
+
+
 def test_no_budget_of_ones_own_never_refuses(monkeypatch):
     monkeypatch.setattr("adazeta.planner.available_bytes", lambda: 0)
     assert Planner(tiny_adapted()).probes(4, 16) == 1

@@ -151,7 +151,7 @@ def test_an_adapter_and_a_head_in_place_see_the_same_probe_as_all_in_place():
 
 
 def test_compiled_models_see_a_perturbation_in_place():
-    model, batch = torch.nn.Sequential(torch.nn.Linear(6, 4)), {"x": torch.randn(3, 6)}
+    model, batch = torch.nn.Linear(6, 4), {"x": torch.randn(3, 6)}
     losses = []
     for wrapped in (model, torch.compile(model, backend="eager")):
         opt = ZerothOrder(wrapped, eps=0.1, queries=2, combine="mean", perturb="in-place")
@@ -159,6 +159,22 @@ def test_compiled_models_see_a_perturbation_in_place():
         losses.append(opt._projected[0])
     assert losses[0].abs().min() > 0.01
     torch.testing.assert_close(*losses, atol=1e-4, rtol=0)
+
+
+def test_a_compiled_trunk_runs_as_it_is_below_and_above_adapters():
+    model, losses = tiny_adapted(layers=1, noise=0.3), []
+    trunk = model.get_base_model().model
+
+    def loss(model, batch):
+        return trunk(input_ids=batch["input_ids"], use_cache=False).last_hidden_state.square().mean((1, 2))
+
+    for _ in range(2):
+        opt = ZerothOrder(model, eps=0.1, queries=2)
+        with torch._dynamo.config.patch(recompile_limit=1):  # for speed
+            opt.estimate(loss, lm_batch(4))
+        losses.append(opt.probe_losses)
+        trunk.compile(backend="eager")
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
 def test_drift_grows_with_the_width_of_a_rounding():

@@ -106,7 +106,15 @@ def pack_other_weights(model):
     assert pack(model.base_model.model, tokens=16) == 2
 
 
-CHANGES = [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast, pack_other_weights]
+def scaled(module, args, output):
+    return 1.5 * output
+
+
+def hook(model):
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(scaled)
+
+
+CHANGES = [change_through_data, change_in_place, load_other_weights, replace_embeddings, cast, pack_other_weights, hook]
 
 
 @pytest.mark.parametrize("setting", ["memory", "disk"])
@@ -228,6 +236,25 @@ def test_two_processes_may_share_a_folder(tmp_path):
         one.put(b"key", value)
         assert torch.equal(two.get(b"key"), value) and two.get(b"key").dtype == dtype
     assert two.get(b"other") is None
+
+
+def test_files_that_another_process_renames_are_no_errors(tmp_path, monkeypatch, caplog):
+    cache = DiskCache(tmp_path, 10**6)
+    cache.open(lambda: "0" * 64)
+    (tmp_path / ("0" * 64) / ".half.tmp").write_bytes(b"written")
+    scandir = os.scandir
+
+    def renamed(folder):
+        for entry in list(scandir(folder)):
+            if entry.name.endswith(".tmp"):
+                os.rename(entry.path, f"{folder}/whole")
+            yield entry
+
+    monkeypatch.setattr(os, "scandir", renamed)
+    again = DiskCache(tmp_path, 10**6)
+    again.open(lambda: "0" * 64)
+    again.put(b"key", torch.ones(2, 3))
+    assert torch.equal(again.get(b"key"), torch.ones(2, 3)) and not caplog.records
 
 
 def test_memory_keeps_a_share_of_every_epoch_but_not_what_is_never_asked_for():
