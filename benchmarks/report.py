@@ -8,6 +8,7 @@ What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAM
 everything else on the page is written by hand. Whole steps also make a plot, `images/step-cost.png` beside the page.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -159,7 +160,9 @@ def replace(page, name, text):
 
 
 def main():
-    named = [Path(argument) for argument in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results (.json) and the page (.md)")
+    named = parser.parse_args().files
     pages = [path for path in named if path.suffix == ".md"]
     paths = [path for path in named if path.suffix != ".md"]
     if not paths:

@@ -7,6 +7,7 @@ What stands between `<!-- triton_compiled -->` and its end is replaced: a line p
 that any of its variants takes.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -49,8 +50,11 @@ def text(result):
 
 
 def main():
-    given = [Path(argument) for argument in sys.argv[1:]]
-    result, page = [*given, *(RESULT, PAGE)[len(given) :]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", nargs="?", type=Path, default=RESULT)
+    parser.add_argument("page", nargs="?", type=Path, default=PAGE)
+    given = parser.parse_args()
+    result, page = given.result, given.page
     found, begin, end = page.read_text(), "<!-- triton_compiled -->", "<!-- end triton_compiled -->"
     if found.count(begin) != 1 or found.count(end) != 1:
         sys.exit(f"expected one {begin} and one {end} in {page}")

@@ -177,9 +177,9 @@ class ZerothOrder(torch.optim.Optimizer):
         Args:
             loss_fn: ``loss_fn(model, batch) -> [rows]``, one float32 loss per row of the (expanded) batch; or one of
                 ``adazeta.objectives``.
-            batch: mapping whose tensors have the examples in dimension 0; lists of as many entries go with them. For a
-                model on a GPU best on the CPU still, or from ``adazeta.batches.prefetched``: then nothing but the
-                losses is read from the GPU. Of a private step maybe ``{}``: no example.
+            batch: mapping whose tensors have the examples in dimension 0; lists and tuples of as many entries go with
+                them. For a model on a GPU best on the CPU still, or from ``adazeta.batches.prefetched``: then nothing
+                but the losses is read from the GPU. Of a private step maybe ``{}``: no example.
 
         Returns:
             The mean of all finite losses, an estimate of the loss at theta; NaN if none is finite.

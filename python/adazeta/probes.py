@@ -108,14 +108,15 @@ def batch_size(batch: Mapping[str, Any], least: int = 1) -> int:
 
 
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """Return the batch with dimension 0 of every tensor, and every list of as many entries as there are examples,
-    indexed by ``rows``; other values pass through."""
+    """Return the batch with dimension 0 of every tensor, and every list or tuple of as many entries as there are
+    examples, indexed by ``rows``; other values pass through."""
     examples, chosen = batch_size(batch), rows.tolist()
 
     def take(value):
         if torch.is_tensor(value) and value.ndim:
             return along(lambda tensor: tensor.index_select(0, onto(rows, tensor.device)), value)
-        return [value[row] for row in chosen] if isinstance(value, list) and len(value) == examples else value
+        one_each = isinstance(value, (list, tuple)) and len(value) == examples
+        return [value[row] for row in chosen] if one_each else value
 
     return {name: take(value) for name, value in batch.items()}
 

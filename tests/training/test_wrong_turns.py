@@ -62,3 +62,21 @@ def test_adapters_are_not_mixed_in_a_batch():
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="adapter_names"):
             call(input_ids=ids, adapter_names=["__base__"] * len(ids))
+
+
+def test_texts_as_a_data_loader_collates_them():
+    seen = []
+
+    def loss(model, batch):
+        seen.extend(zip(batch["input_ids"][:, 0].tolist(), batch["texts"], strict=True))
+        return lm_loss(model, batch)
+
+    batch = lm_batch()
+    texts = tuple(str(first) for first in batch["input_ids"][:, 0].tolist())  # of (text, answer) pairs: tuples
+    ZerothOrder(tiny_adapted(1), queries=2).estimate(loss, {**batch, "texts": texts})
+    assert all(str(first) == text for first, text in seen) and len(seen) > len(texts)
+
+
+def test_a_rank_that_is_no_integer():
+    with pytest.raises(TypeError, match=r"rank must be an integer or one integer per bond, got 2\.5"):
+        tiny_adapted(1, rank=2.5)

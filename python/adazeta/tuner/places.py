@@ -43,7 +43,7 @@ def layout_at(config: TTConfig, model: nn.Module, layer: nn.Module, key: str) ->
     return TTAdapterLayout.auto(
         _width(model, layer, placement_of(key, config.sites), key),
         bottleneck=config.bottleneck,
-        rank=config.rank if isinstance(config.rank, int) else tuple(config.rank),
+        rank=tuple(config.rank) if isinstance(config.rank, list) else config.rank,
         shapes=config.shapes,
         bias=config.bias,
     )
