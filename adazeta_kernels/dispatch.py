@@ -123,7 +123,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     """
     from adazeta_kernels import ops
 
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", op)
     if name not in GPU_ORDER or not hasattr(ops, name):
         known = ", ".join(known for known in GPU_ORDER if hasattr(ops, known))
         raise ValueError(f"unknown op {name!r}; known are {known}")

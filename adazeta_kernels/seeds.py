@@ -73,7 +73,7 @@ def derive_seeds_of_steps(run_seed: int, steps: Sequence[int], counts: Sequence[
         counts: queries of each step, 0 <= count <= 2**32.
 
     Returns:
-        One uint64 array `(count,)` per step.
+        One uint64 array `(count,)` per step; the ops take its `.tolist()`.
 
     Raises:
         TypeError: an argument is no integer.

@@ -1,5 +1,6 @@
 """What of a model is trained: one adapter, and parameters that are no adapters and get to a probe in their own ways."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,9 @@ from .in_place import InPlace
 from .split_heads import heads_of
 from .streamed import Streamed
 from .tuner import TTModel
+from .tuner.layer import TTLayer
+
+log = logging.getLogger("adazeta")
 
 #: How they are perturbed, the first by default.
 WAYS = ("streamed", "in-place")
@@ -82,6 +86,11 @@ def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
         )
     tt_model = next((m for m in model.modules() if isinstance(m, TTModel)), None)
     if tt_model is None:
+        if any(isinstance(m, TTLayer) for m in model.modules()):
+            log.warning(
+                "these adapters were not made by peft.get_peft_model(model, TTConfig(...)), which lets probes share "
+                "forwards: they train as other parameters do, one probe a forward"
+            )
         return None, "default"
     names = [
         name

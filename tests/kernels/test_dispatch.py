@@ -305,6 +305,8 @@ def test_explain_of_every_op_and_of_gradients(native, calls):
 
 def test_explain_checks_as_the_op_does(native):
     native(Counting)
+    with pytest.raises(ValueError, match="unknown op None; known are fill_normal_"):
+        kernels.explain(None)
     with pytest.raises(ValueError, match="unknown op 'perturb'; known are fill_normal_, perturb_, tt_factors"):
         kernels.explain("perturb", [torch.zeros(3)], [1], [1.0])
     with pytest.raises(TypeError, match="has dtype float64"):

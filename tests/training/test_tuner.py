@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import dense_float64, lm_batch, tiny_adapted, tiny_llama
+from transformers import GenerationConfig
 
 from adazeta import TTConfig
 from adazeta.probes import Probes, probing
@@ -198,6 +199,20 @@ def test_generation_at_probes_with_cache():
         theta = model.base_model.theta().clone()
         perturb_([theta], [seed], [0.3])
         assert torch.equal(row[None], dense_float64(model, theta).generate(input_ids=ids, **settings))
+
+
+def test_last_positions_refuse_to_say_several_tokens_at_once():
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    ways = ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_llama(1)})
+    ways += ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},)
+    everywhere, last = (tiny_adapted(noise=0.3, positions=positions) for positions in ("all", "last"))
+    for way in ways:
+        said = everywhere.generate(input_ids=ids, do_sample=False, max_new_tokens=4, **way)
+        assert torch.equal(said, everywhere.generate(input_ids=ids, do_sample=False, max_new_tokens=4))
+        with pytest.raises(ValueError, match="positions='last'.* several candidate tokens at once"):
+            last.generate(input_ids=ids, do_sample=False, max_new_tokens=4, **way)
+        with last.disable_adapter():
+            last.generate(input_ids=ids, do_sample=False, max_new_tokens=4, **way)
 
 
 def test_backpropagation_reaches_theta():

@@ -1,8 +1,10 @@
 """What a loop of one's own gets wrong at first, and is told in so many words."""
 
+import logging
+
 import pytest
 import torch
-from tiny import lm_batch, tiny_adapted
+from tiny import lm_batch, tiny_adapted, tiny_llama
 from transformers import TrainingArguments
 
 from adazeta import TTConfig, ZerothOrder, ZOTrainer
@@ -55,6 +57,16 @@ def test_a_trainer_with_a_loss_of_the_usual_place(tmp_path):
 
     with pytest.raises(ValueError, match="does not call compute_loss, which Weighted overrides: give loss="):
         Weighted(model=tiny_adapted(1), args=TrainingArguments(tmp_path, report_to=[]))
+
+
+def test_an_adapter_of_transformers_own_add_adapter_is_slow_and_said_to_be(caplog):
+    model = tiny_llama(1)
+    model.add_adapter(TTConfig(rank=2, bottleneck=4))
+    with caplog.at_level(logging.WARNING, "adazeta"):
+        opt = ZerothOrder(model)
+    assert "one probe a forward" in caplog.text and "get_peft_model" in caplog.text
+    opt.estimate(lm_loss, lm_batch())
+    opt.step()
 
 
 def test_adapters_are_not_mixed_in_a_batch():

@@ -14,6 +14,9 @@ from .layer import TTLayer
 from .places import is_place, layout_at, resolve
 from .sites import placement_of
 
+#: Arguments of ``generate`` with which one forward looks at several candidate tokens.
+_CANDIDATES = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
 
 class TTModel(BaseTuner):
     """A model with tensor-train adapters, made by ``peft.get_peft_model(model, TTConfig(...))``.
@@ -106,11 +109,17 @@ class TTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
-        """Refuse what PEFT would otherwise leave out without a word."""
+        """Refuse what would be left out without a word, of the arguments of a forward or of ``generate``."""
         if adapter_names is not None:
             raise ValueError(
                 "TT adapters cannot be mixed within a batch (adapter_names=...): call the model once for every "
                 "adapter, after set_adapter(name), or inside disable_adapter() for the base model"
+            )
+        asked = [name for name in _CANDIDATES if _setting(kwargs, name) is not None]
+        if asked and any(self.peft_config[name].positions == "last" for name in self.active_adapters):
+            raise ValueError(
+                f"adapters with positions='last' act on one token after the other, and {asked[0]} looks at several "
+                "candidate tokens at once: leave it out, or train with positions='all'"
             )
         yield
 
@@ -194,6 +203,11 @@ class TTModel(BaseTuner):
         if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
             return None
         return found[0][1], min(int(match[2]) for match in found)
+
+
+def _setting(kwargs: dict, name: str):
+    """Return a setting of ``generate``: its argument, or that of the ``generation_config`` that it is given."""
+    return kwargs.get(name, getattr(kwargs.get("generation_config"), name, None))
 
 
 def _device_of(layer: nn.Module) -> torch.device:
