@@ -205,5 +205,10 @@ class Limits(TrainerCallback):
         control.should_evaluate = control.should_evaluate or self.evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.release()
+
+    def release(self) -> None:
+        """Give Ctrl-C back, also where training ended in an error."""
         if self._previous is not None and not self._asked:
             signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

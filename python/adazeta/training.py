@@ -195,7 +195,10 @@ def fit(
     if graphs.why_not(**kind) and (spared := ends.describe(alike=not kind["others"])):
         say(spared)
     with disk_errors(folder), freed_memory_kept(), Peak() as peak:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            limits.release()
     if limits.interrupted:
         raise Interrupted
     if best is not None:

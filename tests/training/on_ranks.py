@@ -2,11 +2,17 @@
 
 import contextlib
 import os
+import signal
+import threading
 import traceback
 
+import torch
 import torch.distributed as dist
 
 from adazeta import cli
+
+#: Seconds that all ranks of a test may take together.
+LONGEST = 120
 
 
 def on_ranks(size, folder, work, *, wire=None, meanwhile=None, **keywords):
@@ -26,6 +32,8 @@ def on_ranks(size, folder, work, *, wire=None, meanwhile=None, **keywords):
                     RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)
                 )
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                # Torch makes its pool of threads anew in a fork, and fails where two threads ask for it at once.
+                torch.set_num_threads(torch.get_num_threads())
                 if wire:
                     wire(rank)
                 meet = f"file://{folder}/meet"
@@ -38,8 +46,17 @@ def on_ranks(size, folder, work, *, wire=None, meanwhile=None, **keywords):
         children.append(child)
     if meanwhile:
         meanwhile()
+    # A rank that waits for one that ended must not wait for ever.
+    ends = threading.Timer(LONGEST, lambda: [_end(child) for child in children])
+    ends.start()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    ends.cancel()
     return statuses, [path.read_text() for path in sorted(folder.glob("error-*"))]
+
+
+def _end(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
 
 
 def commands_on_ranks(folder, *commands):

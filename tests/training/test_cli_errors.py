@@ -1,6 +1,7 @@
 """What goes wrong on the command line: one line that says what to do, and nothing is written."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import PAPER, fails, train_command
 
-from adazeta import cli, plots, trainer
+from adazeta import UserError, cli, plots, trainer
 
 
 def test_bad_models(world, capsys, tmp_path):
@@ -105,6 +106,16 @@ def test_a_full_disk_leaves_the_earlier_run(world, capsys, monkeypatch, tmp_path
             message = fails(capsys, *train_command(folder, "run", "--overwrite"))
         assert "the disk is full: free some space" in message
         assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
+
+
+def test_ctrl_c_is_given_back_when_training_ends_in_an_error(world, capsys, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise UserError("this step cannot be made")
+
+    monkeypatch.setattr(trainer.ZOTrainer, "training_step", fail)
+    handler = signal.getsignal(signal.SIGINT)
+    assert "this step cannot be made" in fails(capsys, *train_command(world[0], tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_debug_shows_where_an_error_came_from():
