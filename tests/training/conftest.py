@@ -1,5 +1,7 @@
 """A tiny model, its data and a run of it, which the tests of the command line share."""
 
+import signal
+
 import pytest
 import torch
 from tiny_run import adazeta, train_command, write_data, write_model
@@ -23,3 +25,11 @@ def world(first_run):
     before = torch.get_num_threads()
     yield first_run
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as Python has it, whatever an earlier test left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -114,7 +114,7 @@ def test_the_way_back_is_taken_when_the_loss_raises(calls):
     assert calls[4][0] == [first]
 
 
-def test_ctrl_c_within_a_pass_waits_for_its_end(monkeypatch):
+def test_ctrl_c_within_a_pass_waits_for_its_end(monkeypatch, ctrl_c):
     """Where a pass is interrupted that has written, nobody knows where the parameters are."""
     model = tiny_llama()
     before = [p.clone() for p in model.parameters()]

@@ -348,7 +348,7 @@ def test_a_loop_goes_on_after_ctrl_c_in_the_middle_of_a_record(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["a step", "going back"])
-def test_ctrl_c_between_a_record_and_its_update_waits_for_the_update(tmp_path, monkeypatch, back):
+def test_ctrl_c_between_a_record_and_its_update_waits_for_the_update(tmp_path, monkeypatch, ctrl_c, back):
     model = tiny_adapted(layers=1)
     opt = ZerothOrder(model, lr=0.1, queries=2)
     opt.write_journal(tmp_path / NAME, fsync_every=1)

@@ -259,7 +259,7 @@ def test_a_model_without_trainable_parameters():
         ZerothOrder(model)
 
 
-def test_ctrl_c_in_an_update_waits_for_the_step(monkeypatch):
+def test_ctrl_c_in_an_update_waits_for_the_step(monkeypatch, ctrl_c):
     """A step that has changed the parameters, but is not counted, would be made twice by who goes on."""
     models = [tiny_adapted(layers=1), tiny_adapted(layers=1)]
     steps = [ZerothOrder(model, lr=0.1, queries=2, weight_decay=0.1) for model in models]
