@@ -177,6 +177,7 @@ class Limits(TrainerCallback):
         done = getattr(getattr(optimizer, "optimizer", optimizer), "rows", 0)
         control.should_training_stop = self.rows is not None and done >= self.rows  # a run resumed at its limit
         if threading.current_thread() is threading.main_thread():
+            self.release()  # the Trainer begins again with a smaller batch where it looks for the largest
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number, frame):
@@ -209,6 +210,6 @@ class Limits(TrainerCallback):
 
     def release(self) -> None:
         """Give Ctrl-C back, also where training ended in an error."""
-        if self._previous is not None and not self._asked:
+        # Asked of the process, not of ``_asked``: what held Ctrl-C back meanwhile may have put this handler in again.
+        if self._previous is not None and signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, self._previous)
-            self._previous = None

@@ -27,9 +27,18 @@ def world(first_run):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def gives_ctrl_c_back():
+    """Fail the test after which another handler of Ctrl-C is there than before it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.signal(signal.SIGINT, before)
+    assert after == before, f"SIGINT is left with {after}, where {before} was"
+
+
 @pytest.fixture
 def ctrl_c():
-    """Ctrl-C as Python has it, whatever an earlier test left."""
+    """Ctrl-C as Python has it, also where the suite was started with that signal ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
