@@ -9,7 +9,7 @@ alone. The linear layers there, all but those that make keys and values, multipl
 zeros, which nobody reads.
 
 Which layers these are is found by looking: the model runs once on a few tokens, and a layer of the last block counts
-if NaN in place of its results for the other tokens leaves the block's result at the scored ones as it was, bit for bit.
+if NaN in place of its results for the other tokens does not reach the block's result at the scored ones.
 
 Numerics: the same products, in matrices of another height: losses are equal up to their rounding.
 """
@@ -184,13 +184,19 @@ class _Look:
         found = []
         for layer in filter(self._once, _linear_layers(self.block)):
             with _each([layer], partial(_at_tokens, SCORED, (ROWS, TOKENS), float("nan"), whole=True)):
-                same = torch.equal(self._scored(_first_tensor(self.block(*args, **kwargs))), expected)
-            found += [layer] * same
+                alone = self._same(self._scored(_first_tensor(self.block(*args, **kwargs))), expected)
+            found += [layer] * alone
         with _each(found, partial(_at_tokens, SCORED, (ROWS, TOKENS), 0.0)):
             hidden = self._scored(self._run())
-        if not torch.allclose(hidden, self.hidden, rtol=0, atol=1e-2 * float(self.hidden.abs().max())):
+        if not self._same(hidden, self.hidden):
             raise ValueError("what follows the last block reads other tokens than the scored ones")
         return found
+
+    @staticmethod
+    def _same(hidden: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether they are the same numbers, up to the rounding of products in matrices of another height: experts of a
+        mixture get other tokens."""
+        return torch.allclose(hidden, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
 
     def _run(self) -> torch.Tensor:
         seen: list[torch.Tensor] = []

@@ -127,7 +127,9 @@ class Streamed:
                 )
             finally:
                 self._copying = False
-            self._made[key] = copy
+            # As the stored one requires grad or not: torch folds some products into another shape where a weight does.
+            kept = isinstance(stored, nn.Parameter)
+            self._made[key] = nn.Parameter(copy, requires_grad=stored.requires_grad) if kept else copy
         return self._made[key]
 
     def _place(self, stored: torch.Tensor) -> torch.Tensor:
@@ -139,8 +141,7 @@ class Streamed:
             free = next((k for k, buffer in enumerate(buffers) if not _in_use(buffer)), None)
             buffer = _allocate(self._room[device], device) if free is None else buffers.pop(free)
             buffers.insert(0, buffer)
-        room = buffers[0][used : used + stored.nbytes].view(stored.dtype).view(stored.shape)
-        return nn.Parameter(room, requires_grad=False) if isinstance(stored, nn.Parameter) else room
+        return buffers[0][used : used + stored.nbytes].view(stored.dtype).view(stored.shape)
 
 
 class _Perturbed(dict):

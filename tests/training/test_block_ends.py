@@ -31,7 +31,7 @@ ABOVE = {
     "gpt_neox": {"attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
     "phi3": {"self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
     "opt": {"self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"},
-    "mixtral": {"self_attn.q_proj"},
+    "mixtral": {"self_attn.q_proj", "self_attn.o_proj"},
     "qwen3_moe": {"self_attn.q_proj", "self_attn.o_proj"},
     "t5": {
         *("layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
