@@ -27,7 +27,7 @@ def copying(function):
 def optimizer(record=None, **settings):
     model = tiny_adapted(noise=0.2, **settings)
     opt = ZerothOrder(model, lr=0.05, queries=3, weight_decay=0.1, run_seed=5)
-    opt.ends = BlockEnds(nn.Identity(), None, "default")  # recordings multiply all tokens, in matrices of another height
+    opt.ends = BlockEnds(nn.Identity(), None, "default")  # recordings multiply all tokens
     if record is not None:
         opt.graphs = Graphs(model, model.base_model, "default", record)
     return opt
