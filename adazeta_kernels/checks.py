@@ -30,7 +30,7 @@ def is_tensor(op: str, name: str, value) -> None:
 
 
 def are_tensors(op: str, name: str, values: list) -> None:
-    if not set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}:
+    if not (isinstance(values, dispatch.PlainTensors) or set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}):
         for position, value in enumerate(values):
             is_tensor(op, f"{name}[{position}]", value)
 
@@ -141,15 +141,20 @@ def finite_scales(op: str, scales: torch.Tensor) -> None:
 
 def writable_list(op: str, params: list[torch.Tensor], start: int) -> list[torch.Tensor]:
     """The tensors, all of which can be written and share no memory. C++ looks where it can, in a tenth of the time."""
-    from adazeta_kernels.backends import native  # not at import, which stays free of the extension
-
-    plain = native.plain_tensors(params)
+    plain = plain_list(params)
     if plain is None:
         writable(op, params, start)
         no_overlap(op, params)
         return params
     index_end(op, start, plain.native.numel)
     return plain
+
+
+def plain_list(params: list[torch.Tensor]) -> dispatch.PlainTensors | None:
+    """`native.plain_tensors` of a list that may have been looked at before."""
+    from adazeta_kernels.backends import native  # not at import, which stays free of the extension
+
+    return params if isinstance(params, dispatch.PlainTensors) else native.plain_tensors(params)
 
 
 def index_end(op: str, start: int, numel: int) -> None:

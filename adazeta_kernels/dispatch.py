@@ -191,6 +191,17 @@ def any_tangent(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+class PlainTensors(list):
+    """Tensors fit to be written in place: float32, bfloat16 or float16, contiguous, on one device, none sharing memory.
+
+    `native` is the list as C++ holds it, read once for the checks and the kernel.
+    """
+
+    def __init__(self, params: list[torch.Tensor], native):
+        super().__init__(params)
+        self.native = native
+
+
 def plain(tensors, *args) -> bool:
     """Whether torch's dispatcher would do no more with a call than to pass it on.
 
@@ -204,7 +215,8 @@ def plain(tensors, *args) -> bool:
     if _DEPTHS is None or any(depth() for depth in _DEPTHS) or torch.jit.is_tracing():
         return False
     if isinstance(tensors, list):
-        return set(map(type, tensors)) <= _CLASSES and not tensors[0].is_meta
+        known = isinstance(tensors, PlainTensors) or set(map(type, tensors)) <= _CLASSES
+        return known and not tensors[0].is_meta
     among = [tensors, *(arg for arg in args if isinstance(arg, torch.Tensor))]
     return set(map(type, among)) <= _CLASSES and not any(t.is_meta or t.is_neg() for t in among)
 

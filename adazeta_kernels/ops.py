@@ -145,6 +145,8 @@ def perturb_(
     if not params:
         raise ValueError("perturb_: params is an empty list, expected at least one tensor")
     params = list(params)
+    if not torch.compiler.is_compiling():  # which C++ cannot follow
+        params = checks.plain_list(params) or params
     checks.are_tensors("perturb_", "params", params)
     seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)
@@ -161,8 +163,8 @@ def _perturb_(params, seeds, scales, offset, decay, distribution, backend):
     checks.finite_scales("perturb_", scales)
     tensors = dispatch.rounded(len(params))
     run = dispatch.select("perturb_", backend, params[0].device, params[0].dtype, tensors=tensors)
+    increment_version(params)  # before they leave the cache
     run(params, seeds, scales, offset, decay, distribution)
-    increment_version(params)
 
 
 def _perturb_fake(params, seeds, scales, offset, decay, distribution, backend):

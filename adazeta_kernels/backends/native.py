@@ -14,6 +14,7 @@ from adazeta_kernels.backends.native_cuda import DISTRIBUTIONS as _DISTRIBUTIONS
 from adazeta_kernels.backends.native_cuda import DTYPES as _DTYPES
 from adazeta_kernels.backends.native_cuda import dense_rows as _dense_rows
 from adazeta_kernels.backends.native_cuda import tensor_lists as _tensor_lists
+from adazeta_kernels.dispatch import PlainTensors
 from adazeta_kernels.layout import TTAdapterLayout
 
 try:
@@ -62,17 +63,6 @@ def supports(
         if value > limit:
             return f"{what} {value} is above the native kernel's limit of {limit}"
     return "a map of rank 0 has no native kernel" if rank == 0 else None
-
-
-class PlainTensors(list):
-    """Tensors fit to be written in place: float32, bfloat16 or float16, contiguous, on one device, none sharing memory.
-
-    `native` is the list as C++ holds it, read once for the checks and the kernel.
-    """
-
-    def __init__(self, params: list[torch.Tensor], native):
-        super().__init__(params)
-        self.native = native
 
 
 def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
