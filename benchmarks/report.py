@@ -35,7 +35,6 @@ COMMON = [
     ("copy, GB/s", "copy_gb_per_s", "{:.1f}".format),
     ("of copy", "percent_of_copy", percent),
 ]
-COPY_NEW = ("of copy to new memory", "percent_of_copy_new", percent)
 TORCH_MS, TIMES_TORCH = ("torch, ms", "torch_ms", milliseconds), ("against torch", "times_torch", times)
 ERRORS = [("error", "error", error), ("torch's error", "torch_error", error)]
 GEMM, APART = ("GEMM", "gemm", str), ("losses apart", "apart", error)
@@ -48,11 +47,10 @@ COLUMNS = {
         ("against one seed a pass", "times_one_by_one", times),
         ("one tensor, ms", "one_tensor_ms", milliseconds),
     ],
-    "tt_factors": [*COMMON, COPY_NEW, TORCH_MS, TIMES_TORCH, ("reference, ms", "reference_ms", milliseconds), *ERRORS],
+    "tt_factors": [*COMMON, TORCH_MS, TIMES_TORCH, ("reference, ms", "reference_ms", milliseconds), *ERRORS],
     "tt_adapter": [
         ("dtype", "dtype", str),
         *COMMON,
-        COPY_NEW,
         ("against reference", "times_reference", times),
         TIMES_TORCH,
         *ERRORS,

@@ -102,19 +102,20 @@ def freed_memory_kept() -> Iterator[None]:
     """Let glibc's allocator keep what is freed, inside the ``with`` statement; it is given back at the end.
 
     Otherwise the memory of every activation goes back to the system when it is freed, and comes again page by page: 18
-    faults a token in OPT-125M. Tensors of more than 32 MiB still do. Other allocators are left alone.
+    faults a token in OPT-125M. Other allocators are left alone.
     """
-    _mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
+    _mallopt(_M_MMAP_MAX, 0)  # a threshold would end at 32 MiB
     _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
-    finally:
-        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            _mallopt(parameter, 128 << 10)  # what both are at the start of a process
+    finally:  # what they are at the start of a process
+        _mallopt(_M_TRIM_THRESHOLD, 128 << 10)
+        _mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+        _mallopt(_M_MMAP_MAX, 65536)
         _trim()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 def _mallopt(parameter: int, value: int) -> None:
