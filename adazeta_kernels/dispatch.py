@@ -32,8 +32,8 @@ class Order:
 
     Attributes:
         shapes: the class, in words.
-        most: size -> the most of it that belongs to the class; {} is no bound. Sizes are those that ops.py hands to
-            `select`; a bound on one that `rounded` makes is a power of two.
+        most: size -> the most of it that belongs to the class; {} is no bound. Sizes are those that
+            registration.py hands to `select`; a bound on one that `rounded` makes is a power of two.
         names: backends, the one to try first in front.
         reason: the measurement behind the order.
     """
