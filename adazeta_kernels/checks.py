@@ -11,7 +11,7 @@ from operator import attrgetter, index
 
 import torch
 
-from adazeta_kernels import dispatch
+from adazeta_kernels.derivatives import carries_tangent
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
@@ -183,7 +183,7 @@ def no_leaf_in_grad_mode(op: str, params: Sequence[torch.Tensor]) -> None:
                     f"{op}: tensor {position} of shape {tuple(param.shape)} requires grad and is written in place: "
                     "call it under torch.no_grad()"
                 )
-    if dispatch.any_tangent(*params):
+    if carries_tangent(*params):
         raise ValueError(f"{op}: a tensor carries a tangent, and what is written in place has none: detach it first")
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from torch.autograd import forward_ad
 
 from adazeta_kernels.backends import reference as _reference
 
@@ -181,14 +180,6 @@ def rounded(size: int) -> int:
 def reference(op: str) -> Callable:
     """The reference function of `op`, which is differentiable."""
     return getattr(_reference, op)
-
-
-def any_tangent(*tensors: torch.Tensor | None) -> bool:
-    """Whether forward-mode differentiation is under way through a tensor."""
-    # The level is private; where it is gone, every tensor is asked.
-    if getattr(forward_ad, "_current_level", 0) < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def plain(tensors, *args) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from adazeta_kernels import checks, dispatch
-from adazeta_kernels.backends.reference.tt import differentiated
+from adazeta_kernels.derivatives import differentiated
 from adazeta_kernels.layout import TTAdapterLayout
 from adazeta_kernels.registration import call
 

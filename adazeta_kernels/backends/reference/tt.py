@@ -11,9 +11,9 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from adazeta_kernels.backends.reference import rng
+from adazeta_kernels.derivatives import differentiated
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -164,11 +164,3 @@ def _in_blocks(fn, x, base, d_out, *per_probe):
             block = (p_slice, slice(t, t + token_step))
             y[block] = fn(x[block].float(), None if base is None else base[block].float(), *rest)
     return y
-
-
-def differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether derivatives are wanted: an input requires grad in grad mode, or forward mode is on, where torch cannot
-    ask every tensor for its tangent (not inside vmap)."""
-    if getattr(forward_ad, "_current_level", 0) >= 0:  # private; where it is gone, the reference runs everything
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
