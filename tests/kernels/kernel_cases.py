@@ -22,6 +22,19 @@ LAYOUTS = {
 }
 _DEEP = TTShape((2, 1, 3, 2, 2, 1, 2, 2), (2, 2, 1, 3, 2, 1, 1, 5), (2, 2, 3, 4, 5, 4, 3, 6, 2, 3, 2, 3, 1, 3, 2))
 DEEP = TTAdapterLayout(96, 120, _DEEP, _DEEP.mirror)  # as many cores as native takes
+# P, T, d_in, r, d_out of tt_linear and low_rank_linear, chosen as the layouts are.
+LOW_RANK_SHAPES = [
+    (1, 1, 576, 5, 64),
+    (1, 9, 64, 5, 576),
+    (4, 1, 24, 3, 10),
+    (3, 130, 77, 1, 1200),
+    (1, 1, 8, 1, 8),
+    (3, 13, 100, 5, 37),
+    (2, 9, 2500, 12, 64),
+    (1, 17, 7, 64, 3),
+    (2, 37, 72, 5, 40),
+    (1, 33, 2056, 6, 2064),
+]
 
 
 def dtype_id(dtype):
