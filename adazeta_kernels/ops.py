@@ -8,7 +8,8 @@ Here types are checked and lists turned into tensors; all else is checked where 
 
 `tt_factors`, `tt_adapter`, `tt_linear` and `low_rank_linear` are made for forward passes alone. Where grad mode is on
 and an input requires grad, and in forward-mode differentiation (`torch.func.jvp`), they run the reference backend,
-which is differentiable plain torch. torch.autocast changes no result.
+which is differentiable plain torch. torch.autocast changes no result, and torch.set_float32_matmul_precision makes none
+less exact (but for derivatives within torch.compile).
 """
 
 from __future__ import annotations
