@@ -3,6 +3,7 @@
 import torch
 
 from adazeta_kernels import TTAdapterLayout, TTShape
+from adazeta_kernels.backends.reference.tt import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["gaussian", "rademacher"]
@@ -82,6 +83,22 @@ def assert_activations(x, activated):
     assert (error["gelu"] <= 2 * EPS * wide.abs()).all()
     assert (error["gelu"] <= 6 * EPS * exact["gelu"].abs())[wide >= -1].all()
     assert error["relu"].max() == 0 and error["identity"].max() == 0
+
+
+def assert_infinities(activated):
+    """Hold activated(act, values) to torch's float64 activations of what is not finite."""
+    values = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0])
+    for act, activation in ACTIVATIONS.items():
+        got = activated(act, values)
+        assert torch.allclose(got.double(), activation(values.double()), rtol=1e-5, atol=0, equal_nan=True), (act, got)
+
+
+def alone(values):
+    """x, factors and layout of an adapter that gives act(values) at 20 tokens each. Its bottleneck of 1 is the bias, so
+    that no infinity meets a zero of another number."""
+    shape = TTShape((1,), (1,), (1,))
+    factors = torch.tensor([[0.0, 0.0, value, 1.0, 1.0, 0.0] for value in values])
+    return torch.zeros(len(values), 20, 1), factors, TTAdapterLayout(1, 1, shape, shape)
 
 
 def lists_here_and_on_gpu(count, dtypes=DTYPES):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import shim
 import torch
-from kernel_cases import DISTRIBUTIONS, DTYPES, LOW_RANK_SHAPES, bits
+from kernel_cases import DISTRIBUTIONS, DTYPES, LOW_RANK_SHAPES, alone, assert_infinities, bits
 
 from adazeta_kernels import TTAdapterLayout, checks
 from adazeta_kernels.backends import native, native_cuda, reference
@@ -201,6 +201,10 @@ def test_tt_adapter(cuda, layout, dtype):
         y = cuda.tt_adapter(x, factors, layout, act, -0.7)
         oracle = reference.tt_adapter(x.double(), factors.double(), layout, act, -0.7)
         assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
+
+
+def test_activations_of_infinities(cuda):
+    assert_infinities(lambda act, values: cuda.tt_adapter(*alone(values), act, 1.0)[:, -1, 0])
 
 
 def test_shared_memory_that_a_kernel_declares_counts(cuda):
