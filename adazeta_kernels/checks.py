@@ -169,6 +169,11 @@ def writable(op: str, params: Sequence[torch.Tensor], start: int) -> None:
                 f"{op}: {name} is not contiguous (stride {param.stride() if param.layout == torch.strided else None}, "
                 f"{param.layout}), expected contiguous: work on .contiguous() and copy the result back"
             )
+        if param.is_neg():
+            raise ValueError(
+                f"{op}: {name} is a negated view (torch.Tensor.is_neg), expected a tensor of its own: work on "
+                ".resolve_neg() and copy the result back"
+            )
         if param.device != params[0].device:
             raise ValueError(f"{op}: {name} is on {param.device}, expected {params[0].device} as the first one")
         total += param.numel()

@@ -185,8 +185,8 @@ def reference(op: str) -> Callable:
 def plain(tensors, *args) -> bool:
     """Whether torch's dispatcher would do no more with a call than to pass it on.
 
-    It would where a tensor is of a class of its own, meta, or a negated view (a contiguous one, as lists hold, never
-    is); where a mode or a transform (fake tensors, vmap, tracing) listens; and where a profiler names what it sees.
+    It would where a tensor is of a class of its own, meta, or a negated view (which `writable_list` refuses in lists);
+    where a mode or a transform (fake tensors, vmap, tracing) listens; and where a profiler names what it sees.
 
     Args:
         tensors: the first argument, a tensor or a list of them on one device.

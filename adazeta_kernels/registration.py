@@ -22,6 +22,8 @@ def _register(schema: str, impl, fake) -> None:
     _implementations[name] = impl
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, impl, "CompositeExplicitAutograd")
+    if "(a!)" in schema:  # torch would hand over a copy of a negated view, where `checks.writable` is to refuse it
+        _lib.impl(name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"adazeta::{name}", fake, lib=_lib)
 
 
