@@ -11,7 +11,7 @@ from operator import attrgetter, index
 
 import torch
 
-from adazeta_kernels import dispatch
+from adazeta_kernels.derivatives import carries_tangent
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
@@ -174,6 +174,11 @@ def writable(op: str, params: Sequence[torch.Tensor], start: int) -> None:
                 f"{op}: {name} is not contiguous (stride {param.stride() if param.layout == torch.strided else None}, "
                 f"{param.layout}), expected contiguous: work on .contiguous() and copy the result back"
             )
+        if param.is_neg():
+            raise ValueError(
+                f"{op}: {name} is a negated view (torch.Tensor.is_neg), expected a tensor of its own: work on "
+                ".resolve_neg() and copy the result back"
+            )
         if param.device != params[0].device:
             raise ValueError(f"{op}: {name} is on {param.device}, expected {params[0].device} as the first one")
         total += param.numel()
@@ -188,7 +193,7 @@ def no_leaf_in_grad_mode(op: str, params: Sequence[torch.Tensor]) -> None:
                     f"{op}: tensor {position} of shape {tuple(param.shape)} requires grad and is written in place: "
                     "call it under torch.no_grad()"
                 )
-    if dispatch.any_tangent(*params):
+    if carries_tangent(*params):
         raise ValueError(f"{op}: a tensor carries a tangent, and what is written in place has none: detach it first")
 
 

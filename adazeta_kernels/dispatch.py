@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from torch.autograd import forward_ad
 
 from adazeta_kernels.backends import reference as _reference
 
@@ -32,8 +31,8 @@ class Order:
 
     Attributes:
         shapes: the class, in words.
-        most: size -> the most of it that belongs to the class; {} is no bound. Sizes are those that ops.py hands to
-            `select`; a bound on one that `rounded` makes is a power of two.
+        most: size -> the most of it that belongs to the class; {} is no bound. Sizes are those that
+            registration.py hands to `select`; a bound on one that `rounded` makes is a power of two.
         names: backends, the one to try first in front.
         reason: the measurement behind the order.
     """
@@ -183,14 +182,6 @@ def reference(op: str) -> Callable:
     return getattr(_reference, op)
 
 
-def any_tangent(*tensors: torch.Tensor | None) -> bool:
-    """Whether forward-mode differentiation is under way through a tensor."""
-    # The level is private; where it is gone, every tensor is asked.
-    if getattr(forward_ad, "_current_level", 0) < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 class PlainTensors(list):
     """Tensors fit to be written in place: float32, bfloat16 or float16, contiguous, on one device, none sharing memory.
 
@@ -205,8 +196,8 @@ class PlainTensors(list):
 def plain(tensors, *args) -> bool:
     """Whether torch's dispatcher would do no more with a call than to pass it on.
 
-    It would where a tensor is of a class of its own, meta, or a negated view (a contiguous one, as lists hold, never
-    is); where a mode or a transform (fake tensors, vmap, tracing) listens; and where a profiler names what it sees.
+    It would where a tensor is of a class of its own, meta, or a negated view (which `writable_list` refuses in lists);
+    where a mode or a transform (fake tensors, vmap, tracing) listens; and where a profiler names what it sees.
 
     Args:
         tensors: the first argument, a tensor or a list of them on one device.

@@ -136,7 +136,7 @@ PYBIND11_MODULE(_native, m) {
                        const std::vector<int>& dtypes) { return checked_tensors(pointers, numels, dtypes, 0); }),
            py::arg("pointers"), py::arg("numels"), py::arg("dtypes"))
       .def_readonly("numel", &TensorList::numel)
-      .def_readonly("low", &TensorList::low)
+      .def_readonly("doubtful", &TensorList::doubtful)
       .def("overlap", &overlap);
   m.def("read_tensors", &read_list, py::arg("params"), py::arg("classes"), py::arg("api"));
   m.def("perturb", &perturb, py::arg("tensors"), py::arg("seeds"), py::arg("scales"), py::arg("seed_count"),

@@ -44,7 +44,7 @@ inline void check_size(int64_t numel, uint64_t offset) {
 struct TensorList {
   std::vector<TensorRef> tensors;
   int64_t numel = 0;
-  std::vector<int64_t> low;  // places in Python's list of tensors that may have been freed (tensor_list.h)
+  std::vector<int64_t> doubtful;  // places in Python's list of tensors that it has to look at (tensor_list.h)
 };
 
 inline TensorList checked_tensors(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& numels,

@@ -109,7 +109,9 @@ inline bool read_tensors(PyObject* params, const std::vector<PyObject*>& classes
     if (!together || dtype < 0 || (numel > 0 && !dlpack::contiguous(tensor))) return false;
     if (numel == 0) continue;
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    if (reinterpret_cast<uintptr_t>(data) < kLowAddresses) list->low.push_back(i);
+    // It may have been freed, or be a negated view, of which DLPack tells nothing: torch makes those of every other
+    // number of a tensor, so that one is contiguous only where it has a single number.
+    if (reinterpret_cast<uintptr_t>(data) < kLowAddresses || numel == 1) list->doubtful.push_back(i);
     list->tensors.push_back({data, list->numel, static_cast<Dtype>(dtype)});
     list->numel += numel;
   }

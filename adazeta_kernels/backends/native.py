@@ -70,9 +70,13 @@ def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
     if _native is None or _EXCHANGE is None:
         return None
     read = _native.read_tensors(params, _CLASSES, _EXCHANGE)
-    if read is None or any(not params[i].untyped_storage().nbytes() for i in read.low) or read.overlap():
+    if read is None or any(map(_freed_or_negated, map(params.__getitem__, read.doubtful))) or read.overlap():
         return None
     return PlainTensors(params, read)
+
+
+def _freed_or_negated(tensor):
+    return tensor.is_neg() or not tensor.untyped_storage().nbytes()
 
 
 def levels() -> list[str]:

@@ -25,15 +25,27 @@ namespace {
 constexpr int64_t kTile = 4096;  // at least one group of Rademacher blocks, and a few of Gaussian ones
 static_assert(kTile % (32 * kGroupWords) == 0, "a tile is a whole number of groups");
 
-// Subnormals are kept even where the calling thread flushes them (torch.set_flush_denormal).
+// Rounds to nearest and keeps subnormals, even where the calling thread flushes them (torch.set_flush_denormal).
 class DefaultRounding {
- public:
 #if defined(__SSE__)
+ public:
   DefaultRounding() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
   ~DefaultRounding() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  DefaultRounding() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    set(0);
+  }
+  ~DefaultRounding() { set(saved_); }
+
+ private:
+  // The clobber holds loads and stores, and with them the arithmetic between, on their side of the switch.
+  static void set(uint64_t control) { __asm__ volatile("msr fpcr, %0" : : "r"(control) : "memory"); }
+  uint64_t saved_;
 #endif
 };
 

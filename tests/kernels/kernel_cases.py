@@ -3,6 +3,7 @@
 import torch
 
 from adazeta_kernels import TTAdapterLayout, TTShape
+from adazeta_kernels.backends.reference.tt import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DISTRIBUTIONS = ["gaussian", "rademacher"]
@@ -22,6 +23,19 @@ LAYOUTS = {
 }
 _DEEP = TTShape((2, 1, 3, 2, 2, 1, 2, 2), (2, 2, 1, 3, 2, 1, 1, 5), (2, 2, 3, 4, 5, 4, 3, 6, 2, 3, 2, 3, 1, 3, 2))
 DEEP = TTAdapterLayout(96, 120, _DEEP, _DEEP.mirror)  # as many cores as native takes
+# P, T, d_in, r, d_out of tt_linear and low_rank_linear, chosen as the layouts are.
+LOW_RANK_SHAPES = [
+    (1, 1, 576, 5, 64),
+    (1, 9, 64, 5, 576),
+    (4, 1, 24, 3, 10),
+    (3, 130, 77, 1, 1200),
+    (1, 1, 8, 1, 8),
+    (3, 13, 100, 5, 37),
+    (2, 9, 2500, 12, 64),
+    (1, 17, 7, 64, 3),
+    (2, 37, 72, 5, 40),
+    (1, 33, 2056, 6, 2064),
+]
 
 
 def dtype_id(dtype):
@@ -69,6 +83,22 @@ def assert_activations(x, activated):
     assert (error["gelu"] <= 2 * EPS * wide.abs()).all()
     assert (error["gelu"] <= 6 * EPS * exact["gelu"].abs())[wide >= -1].all()
     assert error["relu"].max() == 0 and error["identity"].max() == 0
+
+
+def assert_infinities(activated):
+    """Hold activated(act, values) to torch's float64 activations of what is not finite."""
+    values = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0])
+    for act, activation in ACTIVATIONS.items():
+        got = activated(act, values)
+        assert torch.allclose(got.double(), activation(values.double()), rtol=1e-5, atol=0, equal_nan=True), (act, got)
+
+
+def alone(values):
+    """x, factors and layout of an adapter that gives act(values) at 20 tokens each. Its bottleneck of 1 is the bias, so
+    that no infinity meets a zero of another number."""
+    shape = TTShape((1,), (1,), (1,))
+    factors = torch.tensor([[0.0, 0.0, value, 1.0, 1.0, 0.0] for value in values])
+    return torch.zeros(len(values), 20, 1), factors, TTAdapterLayout(1, 1, shape, shape)
 
 
 def lists_here_and_on_gpu(count, dtypes=DTYPES):

@@ -1,4 +1,5 @@
-"""torch.autocast changes neither the dtype of a result nor a bit of it: factors are never rounded."""
+"""torch.autocast changes neither the dtype of a result nor a bit of it: factors are never rounded. Nor is an operand of
+the reference, where torch may round those of float32 products."""
 
 import pytest
 import torch
@@ -31,6 +32,21 @@ def test_autocast_changes_nothing(backend, grad, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         for got, want in zip(results(backend, dtype, grad), plain):
             assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_reference_rounds_no_operand(precision, grad):
+    before = torch.get_float32_matmul_precision()
+    plain = results("reference", torch.float32, grad)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        got, wide = (results("reference", dtype, grad) for dtype in (torch.float32, torch.float64))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for one, exact, as_ever in zip(got, wide, plain):
+        assert torch.equal(one, exact.to(torch.float32))
+        torch.testing.assert_close(one, as_ever, rtol=1e-5, atol=1e-5)
 
 
 def test_tensors_without_a_kind_of_autocast():

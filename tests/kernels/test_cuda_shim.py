@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import shim
 import torch
-from kernel_cases import DISTRIBUTIONS, DTYPES, bits
+from kernel_cases import DISTRIBUTIONS, DTYPES, LOW_RANK_SHAPES, alone, assert_infinities, bits
 
 from adazeta_kernels import TTAdapterLayout, checks
 from adazeta_kernels.backends import native, native_cuda, reference
@@ -203,6 +203,10 @@ def test_tt_adapter(cuda, layout, dtype):
         assert_as_exact_as(y, reference.tt_adapter(x, factors, layout, act, -0.7), oracle)
 
 
+def test_activations_of_infinities(cuda):
+    assert_infinities(lambda act, values: cuda.tt_adapter(*alone(values), act, 1.0)[:, -1, 0])
+
+
 def test_shared_memory_that_a_kernel_declares_counts(cuda):
     """45 KiB of a tile's bottleneck are within the 48 that a block has, but not beside the kernel's own arrays."""
     layout = TTAdapterLayout.auto(720, 720, 2)
@@ -283,14 +287,7 @@ def test_tt_adapter_from_cores_says_when_it_cannot(cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_rank(cuda, dtype):
-    for probes, tokens, d_in, rank, d_out in (
-        (1, 1, 8, 1, 8),
-        (3, 13, 100, 5, 37),
-        (2, 9, 2500, 12, 64),
-        (1, 17, 7, 64, 3),
-        (2, 37, 72, 5, 40),
-        (1, 33, 2056, 6, 2064),
-    ):
+    for probes, tokens, d_in, rank, d_out in LOW_RANK_SHAPES:
         x, base = torch.randn(probes, tokens, d_in).to(dtype), torch.randn(probes, tokens, d_out).to(dtype)
         left, right = torch.randn(probes, d_in, rank), torch.randn(probes, rank, d_out)
         bias = torch.randn(probes, d_out)

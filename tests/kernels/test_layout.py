@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adazeta_kernels import TTAdapterLayout, TTShape
-from adazeta_kernels.layout import balanced_factors
+from adazeta_kernels.factorization import balanced_factors
 
 WIDTHS = {
     576: (8, 8, 9),

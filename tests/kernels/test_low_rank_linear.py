@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from kernel_cases import LOW_RANK_SHAPES
 
 from adazeta_kernels import low_rank_linear
 from adazeta_kernels.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# P, T, d_in, r, d_out
-SHAPES = [(1, 1, 576, 8, 1536), (1, 40, 64, 1, 64), (4, 1, 24, 3, 10), (3, 130, 77, 16, 1200), (2, 0, 12, 2, 8)]
+SHAPES = [*LOW_RANK_SHAPES, (1, 1, 576, 8, 1536), (1, 40, 64, 1, 64), (3, 130, 77, 16, 1200), (2, 0, 12, 2, 8)]
 
 
 def make(shape, dtype):

@@ -4,7 +4,16 @@ import logging
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYOUTS, adapter_inputs, assert_activations, dtype_id, low_rank_inputs
+from kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    adapter_inputs,
+    alone,
+    assert_activations,
+    assert_infinities,
+    dtype_id,
+    low_rank_inputs,
+)
 
 from adazeta_kernels import TTAdapterLayout, TTShape, _native, dispatch, perturb_, tt_adapter, tt_linear
 from adazeta_kernels.backends import native
@@ -63,6 +72,16 @@ def test_activation_errors_in_units_of_rounding(level, rank):
     small = torch.logspace(-30, 0, 2048)
     x = torch.cat([torch.linspace(-20, 20, 16384), small, -small, torch.linspace(-100, 100, 4096), torch.zeros(16)])
     assert_activations(x, {act: activated(act, x, rank, level) for act in ACTS})
+
+
+def test_activations_of_infinities(level):
+    def activated(act, values):
+        x, *adapter = alone(values)
+        one, many = (native.tt_adapter(part, *adapter, act, 1.0, level=level) for part in (x[:, :1], x))
+        assert torch.equal(one.expand_as(many).nan_to_num(), many.nan_to_num())
+        return one.flatten()
+
+    assert_infinities(activated)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])

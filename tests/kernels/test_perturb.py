@@ -140,6 +140,19 @@ def test_a_scale_that_is_a_negated_view():
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_negated_view_is_refused(backend):
+    """Of one number it is contiguous; before, it was perturbed the wrong way round."""
+    numbers = torch.tensor([0.5 + 2j])
+    negated, beside = numbers.conj().imag, torch.zeros(9)
+    for params in ([negated], [beside, negated], [negated, beside]):
+        with pytest.raises(ValueError, match="perturb_: .* is a negated view"):
+            perturb_(params, [1], [1.0], backend=backend)
+    with pytest.raises(ValueError, match="fill_normal_: .* is a negated view"):
+        fill_normal_(negated, 1, backend=backend)
+    assert torch.equal(numbers, torch.tensor([0.5 + 2j])) and not beside.any()
+
+
 def test_scales_that_lie_in_theta():
     theta = torch.randn(10_000)
     want = theta.clone()

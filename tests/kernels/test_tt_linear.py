@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from kernel_cases import LOW_RANK_SHAPES
 
 from adazeta_kernels import TTAdapterLayout, tt_adapter, tt_factors, tt_linear
 from adazeta_kernels.testing import assert_as_exact_as
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# P, T, d_in, r, d_out
-SHAPES = [
-    (1, 1, 576, 5, 64),
-    (1, 9, 64, 5, 576),
-    (4, 1, 24, 3, 10),
-    (3, 130, 77, 1, 1200),
-    (2, 0, 12, 2, 8),
-    (2, 3, 12, 0, 8),
-]
+SHAPES = [*LOW_RANK_SHAPES, (2, 0, 12, 2, 8), (2, 3, 12, 0, 8)]
 
 
 def make(shape, dtype, bias):

@@ -11,9 +11,9 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from adazeta_kernels.backends.reference import rng
+from adazeta_kernels.derivatives import differentiated
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 # Half-precision activations are raised to fp32 in blocks of this many elements (1 MiB), never as a whole.
 _BLOCK = 1 << 18
+_ROUNDED = ("tf32", "bf16")  # of torch's settings of float32 products
 
 
 def _without_autocast(op):
@@ -45,8 +46,10 @@ def _without_autocast(op):
 def tt_factors(theta, layout, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
     """Perturb a copy of theta per probe and contract it. `perturb_rows` may come from a faster backend."""
     rows = probe_rows(theta, seeds, scales, offset, distribution, perturb_rows)
+    wide = _dtype_of_products(theta)
     # One product per adapter, on dense rows: together with others it might sum in another order.
-    return torch.stack([contract_cores(part.contiguous(), layout) for part in rows.split(layout.numel, dim=1)])
+    parts = [part.contiguous().to(wide) for part in rows.split(layout.numel, dim=1)]
+    return torch.stack([contract_cores(part, layout).to(theta.dtype) for part in parts])
 
 
 def probe_rows(theta, seeds, scales, offset, distribution, perturb_rows=rng.perturb_rows):
@@ -91,9 +94,9 @@ def _chain(cores):
 @_without_autocast
 def tt_adapter(x, factors, layout, act, scale):
     """`x + scale * up(act(down(x)))`, see ops.tt_adapter."""
-    if x.dtype in (torch.float32, torch.float64):
+    if x.dtype == (wide := _dtype_of_products(x)):
         return apply_adapter(x, factors, layout, act, scale)
-    return _in_blocks(lambda x32, _, f: apply_adapter(x32, f, layout, act, scale), x, None, x.shape[2], factors)
+    return _in_blocks(lambda xw, _, f: apply_adapter(xw, f, layout, act, scale), wide, x, None, x.shape[2], factors)
 
 
 def apply_adapter(x, factors, layout, act="relu", scale=1.0):
@@ -119,9 +122,9 @@ def apply_adapter(x, factors, layout, act="relu", scale=1.0):
 @_without_autocast
 def tt_linear(x, L, R, bias):
     """`(x L) R + bias`, see ops.tt_linear."""
-    if x.dtype in (torch.float32, torch.float64):
+    if x.dtype == (wide := _dtype_of_products(x)):
         return _tt_linear(x, None, L, R, bias)
-    return _in_blocks(_tt_linear, x, None, R.shape[2], L, R, bias)
+    return _in_blocks(_tt_linear, wide, x, None, R.shape[2], L, R, bias)
 
 
 def _tt_linear(x, _, L, R, bias):
@@ -134,9 +137,9 @@ def _tt_linear(x, _, L, R, bias):
 @_without_autocast
 def low_rank_linear(x, base, A, B, scale):
     """`base + scale * (x A) B`, see ops.low_rank_linear."""
-    if x.dtype in (torch.float32, torch.float64):
+    if x.dtype == (wide := _dtype_of_products(x)):
         return _low_rank_linear(x, base, A, B, scale)
-    return _in_blocks(lambda *block: _low_rank_linear(*block, scale), x, base, B.shape[2], A, B)
+    return _in_blocks(lambda *block: _low_rank_linear(*block, scale), wide, x, base, B.shape[2], A, B)
 
 
 def _low_rank_linear(x, base, A, B, scale):
@@ -145,14 +148,23 @@ def _low_rank_linear(x, base, A, B, scale):
     return y + base if differentiated(y, base) else y.add_(base)
 
 
-def _in_blocks(fn, x, base, d_out, *per_probe):
-    """Run `fn(x, base, *per_probe)` in fp32 block by block, so that no fp32 copy of a whole activation exists.
+def _dtype_of_products(x):
+    """float32 as in every backend, but float64 for float64, and where torch may round the operands of float32 products
+    (torch.set_float32_matmul_precision): an oracle may not."""
+    settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(x.device.type)
+    # torch.compile cannot trace the question.
+    rounded = settings is not None and not torch.compiler.is_compiling() and settings.matmul.fp32_precision in _ROUNDED
+    return torch.float64 if x.dtype == torch.float64 or rounded else torch.float32
 
-    x `(P, T, d_in)` and base `(P, T, d_out)` or None are half precision; per_probe tensors have P first, or are None.
+
+def _in_blocks(fn, wide, x, base, d_out, *per_probe):
+    """Run `fn(x, base, *per_probe)` in the dtype `wide` block by block, so that no copy of a whole activation exists.
+
+    x `(P, T, d_in)` and base `(P, T, d_out)` or None are narrower; per_probe tensors have P first, or are None.
     """
     probes, tokens, d_in = x.shape
     if differentiated(x, base, *per_probe):
-        return fn(x.float(), None if base is None else base.float(), *per_probe).to(x.dtype)
+        return fn(x.to(wide), None if base is None else base.to(wide), *per_probe).to(x.dtype)
     y = x.new_empty((probes, tokens, d_out))
     widest = max(d_in, d_out, 1)
     token_step = max(1, min(tokens, _BLOCK // widest))
@@ -162,13 +174,5 @@ def _in_blocks(fn, x, base, d_out, *per_probe):
         rest = [None if f is None else f[p_slice] for f in per_probe]
         for t in range(0, tokens, token_step):
             block = (p_slice, slice(t, t + token_step))
-            y[block] = fn(x[block].float(), None if base is None else base[block].float(), *rest)
+            y[block] = fn(x[block].to(wide), None if base is None else base[block].to(wide), *rest)
     return y
-
-
-def differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether derivatives are wanted: an input requires grad in grad mode, or forward mode is on, where torch cannot
-    ask every tensor for its tangent (not inside vmap)."""
-    if getattr(forward_ad, "_current_level", 0) >= 0:  # private; where it is gone, the reference runs everything
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

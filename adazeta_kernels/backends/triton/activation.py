@@ -1,6 +1,7 @@
 """Activations of float32 blocks: the formulas of csrc/include/adazeta/activation.h, without a library call.
 
-So values do not depend on whose mathematical functions a GPU has. Errors are stated there; NaN stays NaN.
+So values do not depend on whose mathematical functions a GPU has. Errors and what becomes of infinities are
+stated there.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def _exponential(y):
 
 
 @helper
+def _unless_infinite(x, t, y):
+    """y, the activation of x, but inf for inf, and NaN for -inf and NaN; t = |x|."""
+    return tl.where(t < float("inf"), y, x + float("inf"))
+
+
+@helper
 def _gelu(x):
     """x Phi(x), exact form, by Phi(-t) = exp(-t P(t)) / 2."""
     t = tl.abs(x)
@@ -70,15 +77,16 @@ def _gelu(x):
     power, rest = _exponential(-(p * t))
     half = 0.5 * power
     tail = x * tl.fma(half, rest, half)
-    return tl.where(x < 0.0, tail, x - tail)
+    return _unless_infinite(x, t, tl.where(x < 0.0, tail, x - tail))
 
 
 @helper
 def _silu(x):
     """x / (1 + exp(-x))."""
-    power, rest = _exponential(-tl.abs(x))
+    t = tl.abs(x)
+    power, rest = _exponential(-t)
     e = tl.fma(power, rest, power)
-    return tl.where(x < 0.0, x * e, x) / (1.0 + e)
+    return _unless_infinite(x, t, tl.where(x < 0.0, x * e, x) / (1.0 + e))
 
 
 @helper

@@ -1,7 +1,8 @@
 // Activations of the adapter, written once over a vector or scalar type: fma, products, one division, no library call.
 //
 // M supplies the type M::V and, for it, set, fma (which may round the product), select_less(a, b, c, d) = a < b ? c :
-// d, abs, with_sign_of and shifted_exponent. The polynomials come from scripts/fit_activations.py. NaN stays NaN.
+// d, abs, with_sign_of and shifted_exponent. The polynomials come from scripts/fit_activations.py. NaN stays NaN;
+// of inf and -inf gelu and silu are inf and NaN, as in torch's float64.
 // Errors against exact values, in units of float32 rounding 2^-24 (tests/kernels/test_native_tt.py):
 //   tanh, relative: 4;   silu, relative to |x|: 3;   gelu, relative to |x|: 2, and to the value: 6 for x >= -1.
 #pragma once
@@ -55,6 +56,13 @@ ADAZETA_HD Exponential<M> exponential(typename M::V y) {
   return {M::shifted_exponent(k), M::fma(f * f, e, f)};
 }
 
+// y, the activation of x, but inf for inf, and NaN for -inf and NaN; t = |x|.
+template <class M>
+ADAZETA_HD typename M::V unless_infinite(typename M::V x, typename M::V t, typename M::V y) {
+  const typename M::V infinity = M::set(__builtin_inff());
+  return M::select_less(t, infinity, y, x + infinity);
+}
+
 // x Phi(x), exact form, by Phi(-t) = exp(-t P(t)) / 2.
 template <class M>
 ADAZETA_HD typename M::V gelu(typename M::V x) {
@@ -73,16 +81,17 @@ ADAZETA_HD typename M::V gelu(typename M::V x) {
   const Exponential<M> e = exponential<M>(M::set(0.0f) - p * t);
   const V half = e.power * M::set(0.5f);
   const V tail = x * M::fma(half, e.rest, half);
-  return M::select_less(x, M::set(0.0f), tail, x - tail);
+  return unless_infinite<M>(x, t, M::select_less(x, M::set(0.0f), tail, x - tail));
 }
 
 // x / (1 + exp(-x)).
 template <class M>
 ADAZETA_HD typename M::V silu(typename M::V x) {
   using V = typename M::V;
-  const Exponential<M> parts = exponential<M>(M::set(0.0f) - M::abs(x));
+  const V t = M::abs(x);
+  const Exponential<M> parts = exponential<M>(M::set(0.0f) - t);
   const V e = M::fma(parts.power, parts.rest, parts.power);
-  return M::select_less(x, M::set(0.0f), x * e, x) / (M::set(1.0f) + e);
+  return unless_infinite<M>(x, t, M::select_less(x, M::set(0.0f), x * e, x) / (M::set(1.0f) + e));
 }
 
 // By m = exp(-2 |x|) - 1, which keeps its relative accuracy near 0.

@@ -5,7 +5,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import DEEP, DTYPES, EPS, LAYOUTS, adapter_inputs, assert_activations, dtype_id, low_rank_inputs
+from kernel_cases import (
+    DEEP,
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    adapter_inputs,
+    assert_activations,
+    assert_infinities,
+    dtype_id,
+    low_rank_inputs,
+)
 
 import adazeta_kernels as kernels
 from adazeta_kernels import TTAdapterLayout
@@ -141,6 +151,15 @@ def test_activation_errors_in_units_of_rounding():
         apply[(1,)](nan, of_nan, ACT=code, COUNT=1)
         assert of_nan.isnan()
     assert_activations(x, activated)
+
+
+def test_activations_of_infinities():
+    def activated(act, values):
+        out = torch.empty_like(values)
+        apply[(1,)](values, out, ACT=activation.ACTS[act], COUNT=len(values))
+        return out
+
+    assert_infinities(activated)
 
 
 def assert_low_rank(inputs, **forced):
