@@ -28,7 +28,7 @@ from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
 from .prefix import Prefix
 from .prefix_cache import cache_of
-from .probes import Plan, batch_size, groups_of
+from .probes import Plan, batch_size, check_mask, groups_of
 from .recording import record_going_back, record_run
 from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
@@ -158,6 +158,19 @@ class ZerothOrder(torch.optim.Optimizer):
         self.probe_losses: torch.Tensor | None = None  # of the last estimate, [G, Q, S], summed over a group's rows
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Refuse a second group: what trains, where it lies in a direction and its lr are settled with the optimizer.
+
+        Raises:
+            ValueError: always, but from the constructor.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "ZerothOrder trains what required grad when it was made, in one group: set requires_grad on further "
+                "parameters, then make a new ZerothOrder(model, ...)"
+            )
+        super().add_param_group(param_group)
+
     def trainable(self) -> Trainable:
         """Return the numbers that ``step`` changes: flat ``theta`` of the adapter, then the other parameters."""
         theta = [self.tt_model.theta(self.adapter)] if self.tt_model else []
@@ -186,8 +199,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Raises:
             TypeError: a batch that is no mapping, a loss that is no tensor.
-            ValueError: other than one loss per row; the adapter is not active, or disabled; with the data spread over
-                ranks, a loss that is no mean over examples.
+            ValueError: a row whose attention mask is all zeros; other than one loss per row; the adapter is not active,
+                or disabled; with the data spread over ranks, a loss that is no mean over examples.
         """
         if self.pending:
             return self.next_recorded.loss
@@ -200,6 +213,7 @@ class ZerothOrder(torch.optim.Optimizer):
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             batch = to_device(batch, device)
+        check_mask(batch)
         groups = groups_of(self.directions, examples)
         if self.ranks and self.directions != "batch":
             self.ranks.same_batch(examples, self.step_index)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .batches import along, onto
+from .batches import along, host, onto
 from .factors import FactorGroups
 from .in_place import InPlace
 from .planner import Planner
@@ -105,6 +105,14 @@ def batch_size(batch: Mapping[str, Any], least: int = 1) -> int:
     if (size := next(iter(sizes.values()))) < least:
         raise ValueError("the batch is empty")
     return size
+
+
+def check_mask(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError if a row of ``attention_mask`` ``[rows, tokens]`` is all zeros: its loss would mean nothing."""
+    mask = batch.get("attention_mask")
+    if torch.is_tensor(mask) and mask.ndim == 2 and not bool((read := (host(mask) != 0).any(1)).all()):
+        row = int(read.long().argmin())
+        raise ValueError(f"row {row} of the batch has no token, its attention_mask is all zeros: leave such rows out")
 
 
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
