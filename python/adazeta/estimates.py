@@ -59,6 +59,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
             if look.rows_mix:
                 planner.probes_per_forward = 1
             tokens, _ = tokens_of(batch, loss_fn)
+            further["apart"] = partial(look.parts, model, batch, looked_at)
             losses = evaluate_probes(plan, batch, partial(per_row, model), tokens=tokens, **further, **settings)
             rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
     return (loss_fn.of_probes(losses, batch) if hasattr(loss_fn, "of_probes") else losses), rows

@@ -177,9 +177,7 @@ class Planner:
             half = (last - first) // (2 * unit) * unit
             if not is_out_of_memory(error) or half == 0:
                 raise
-            self.learn((last - first) * tokens, half * tokens)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.learn((last - first) * tokens, half * tokens)
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
 
@@ -188,6 +186,8 @@ class Planner:
         if self._most_tokens is None:
             log.warning("out of memory in a forward of %s tokens; going on with %s at most", failed, tokens)
         self._most_tokens = min(tokens, self.most_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def most_tokens(self) -> float:

@@ -218,3 +218,44 @@ def test_flattened_rows_have_no_last_token():
     model = adapted("opt", positions="last")
     with pytest.raises(ValueError, match="needs rows and tokens apart"):
         model(input_ids=torch.ones(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("way", ["streamed", "in-place", "one probe a forward"])
+def test_a_probe_of_its_own_forward_passes_in_parts_when_memory_runs_out(way, caplog):
+    """Nothing has looked at the rows before: that is done when memory runs out, and nothing is moved for it."""
+    found, trained = [], []
+    for most in (4, 2):
+        model = tiny_adapted(1, noise=0.2) if way == "one probe a forward" else tiny_llama(1)
+        more = {"probes_per_forward": 1} if way == "one probe a forward" else {"perturb": way}
+        opt, sizes = ZerothOrder(model, queries=2, eps=1e-2, **more), []
+        loss = narrow_loss(most, sizes)
+        found.append([opt.estimate(loss, lm_batch(4)) for _ in range(2)])
+        assert sizes[-4:] == [most] * 4  # the second time without a look, and without trying more
+        opt.step()
+        trained.append(opt.trainable().tensors)
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    for ours, others in zip(*trained):
+        torch.testing.assert_close(ours, others, atol=2e-3, rtol=0)
+    assert caplog.text.count("out of memory in a forward of 28 tokens; going on with 14") == 1
+
+
+def narrow_loss(most, sizes):
+    """``lm_loss`` for as many rows as memory has room for; ``sizes`` are those of its calls."""
+
+    def loss(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("no room")
+        return lm_loss(model, batch)
+
+    return loss
+
+
+def test_a_probe_whose_rows_mix_does_not_pass_in_parts():
+    def mixed(model, batch):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return (loss := lm_loss(model, batch)) + loss.mean()
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        ZerothOrder(tiny_llama(1)).estimate(mixed, lm_batch(4))

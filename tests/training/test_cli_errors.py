@@ -133,3 +133,14 @@ def test_data_that_is_not_there_is_told_before_libraries_load(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "no such data file: none.csv; give a .csv" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_that_smaller_forwards_do_not_meet(error, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("adazeta.memory_plan.describe_plan", fail)
+    assert "out of memory" in (said := fails(capsys, "info", "smollm2", "--plan")) and "--batch-size" in said
+    with pytest.raises(type(error)):
+        cli.main(["info", "smollm2", "--plan", "--debug"])
