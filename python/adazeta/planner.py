@@ -21,6 +21,10 @@ TOKENS_PER_FORWARD = {"cpu": 256, "cpu mixed": 256, "cpu float32": 768, "default
 #: between mixed layers are float32 (docs/performance.md).
 MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131072}
 
+#: Copies of a last token, in prompts, that no forward is cut below for its number of tokens: prompts, which every part
+#: repeats, are then a ninth of it at most.
+LEAST_COPIES = 8
+
 #: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
 #: might not fit is the footprint looked up, which takes a second for a large model.
 MOST_WIDTHS = 32
@@ -136,6 +140,14 @@ class Planner:
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
+
+    def copies(self, prompt: int, rows: int, device: str = "cpu") -> int:
+        """Return how many copies of its last token a prompt of ``prompt`` other tokens has in a forward at most.
+
+        ``rows`` prompts share the forward, of ``MOST_TOKENS``: its mask grows with the square of the copies. But not so
+        few that the prompts, which pass once more with every further part, are more than a small share of it.
+        """
+        return max(1, LEAST_COPIES * prompt, self._of(MOST_TOKENS, device) // rows - prompt)
 
     def _of(self, table: dict[str, int], device: str) -> int:
         return _look_up(table, self._kind if device == "cpu" else device)

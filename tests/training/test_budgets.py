@@ -16,7 +16,7 @@ from adazeta.footprint import LiveBytes, forward_bytes
 from adazeta.heads import MeanPooled
 from adazeta.losses import CandidateLikelihood, HeadScores, lm_loss
 from adazeta.objectives import ClassObjective
-from adazeta.planner import TOKENS_PER_FORWARD, Planner
+from adazeta.planner import MOST_TOKENS, TOKENS_PER_FORWARD, Planner
 from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
 from adazeta.tokens import looking
@@ -194,6 +194,19 @@ def test_limited_copies_still_share_forwards_between_rows():
     )
     step.estimate(loss, batch)
     assert seen[-2:] == [(4, 6 + 4)] * 2  # 8 probes in two forwards of all rows
+
+
+def test_copies_are_no_more_than_a_forward_gains_from(monkeypatch):
+    model, loss, seen = tiny_adapted(1, noise=0.3, positions="last"), LabelWords(Words(), [" a", " b"]), []
+    batch, losses = {**lm_batch(2, 4), "labels": torch.arange(2)}, []
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for most in (10**9, 33, 10):  # 3 tokens and 30 copies, and at least 8 x 3 copies
+        monkeypatch.setitem(MOST_TOKENS, "cpu float32", most)
+        losses.append(ZerothOrder(model, queries=24).estimate(loss, batch))
+    assert [shape for shape in seen if shape[1] > 7] == [(2, 51), (2, 33), (2, 21), (2, 27), (2, 27)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and losses[2] == pytest.approx(losses[0], abs=1e-6)
 
 
 def test_kept_hidden_states_are_those_of_the_precision():
