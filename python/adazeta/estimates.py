@@ -36,6 +36,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
     per_row = getattr(loss_fn, "per_row", loss_fn)  # what depends on a row alone, where the loss of a row does not
     look = optimizer._first_look
     planner.scored = loss_fn.positions_scored(batch) if hasattr(loss_fn, "positions_scored") else 0
+    planner.generated = loss_fn.max_new_tokens if getattr(loss_fn, "generates", False) else 0
     further = {"others": others, "heads": optimizer._others.heads(model)}
     shares = prefix is not None and bool(prefix.describe())
     looked_at = partial(getattr(loss_fn, "continuous", per_row), model)
