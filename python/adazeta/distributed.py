@@ -352,11 +352,6 @@ def _reason(error: Exception) -> str:
     return line.split(". ")[0][:160]
 
 
-def together(ranks: Ranks | None, work: Callable[[], Any], when: str) -> Any:
-    """Return ``work()``, by ``Ranks.together`` where there are ranks."""
-    return work() if ranks is None else ranks.together(work, when)
-
-
 def open_journal(
     optimizer, path: str | os.PathLike, resume: bool = False, *, alike: Mapping[str, Any] | None = None, **keywords
 ) -> None:

@@ -144,3 +144,24 @@ def test_a_lack_of_memory_that_smaller_forwards_do_not_meet(error, monkeypatch, 
     assert "out of memory" in (said := fails(capsys, "info", "smollm2", "--plan")) and "--batch-size" in said
     with pytest.raises(type(error)):
         cli.main(["info", "smollm2", "--plan", "--debug"])
+
+
+LOOK = """
+import sys
+from adazeta import cli
+status = cli.main(sys.argv[1:])
+print(status, *(name for name in ("torch", "peft", "accelerate") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate"])
+@pytest.mark.parametrize(
+    "rows, told",
+    [("words,label\na,positive\n", "no column 'text'"), ("text,label\na,positive\nb,positive\n", "only ['positive']")],
+)
+def test_wrong_data_is_told_before_libraries_are_loaded(command, rows, told, world, tmp_path):
+    (tmp_path / "rows.csv").write_text(rows)
+    given = (command, "--model", world[0] / "base", "--data", tmp_path / "rows.csv", "--output", tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", LOOK, *given], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2"] and told in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
