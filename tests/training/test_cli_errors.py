@@ -154,14 +154,19 @@ print(status, *(name for name in ("torch", "peft", "accelerate") if name in sys.
 """
 
 
-@pytest.mark.parametrize("command", ["train", "calibrate"])
 @pytest.mark.parametrize(
-    "rows, told",
-    [("words,label\na,positive\n", "no column 'text'"), ("text,label\na,positive\nb,positive\n", "only ['positive']")],
+    "command, rows, told",
+    [
+        ("train", "words,label\na,positive\n", "no column 'text'"),
+        ("train", "text,label\na,positive\nb,positive\n", "only ['positive']"),
+        ("calibrate", "words,label\na,positive\n", "no column 'text'"),
+        ("eval", "text,label\na,positive\nb,odd\n", "label 'odd' is not one of"),
+    ],
 )
 def test_wrong_data_is_told_before_libraries_are_loaded(command, rows, told, world, tmp_path):
     (tmp_path / "rows.csv").write_text(rows)
-    given = (command, "--model", world[0] / "base", "--data", tmp_path / "rows.csv", "--output", tmp_path / "out")
+    given = ["--model", world[0] / "base", "--output", tmp_path / "out"] if command != "eval" else [world[0] / "run"]
+    given = [command, *given, "--data", tmp_path / "rows.csv"]
     done = subprocess.run([sys.executable, "-c", LOOK, *given], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["2"] and told in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
