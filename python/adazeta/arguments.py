@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from .others import check_unwrapped
+
 _ONE_PROCESS = "processes share queries or data through adazeta.distributed, not through replicas with gradients"
 _TRANSFORMERS = "transformers does not look at it either: it is for scripts"
 _ADAM = "there are no moments of a gradient; ZOConfig has momentum, and combine='spread' normalises the step"
@@ -89,15 +91,17 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def check_trainer_arguments(kind: type[Trainer], *args, **kwargs) -> None:
-    """Refuse arguments of ``Trainer`` itself that are about gradients, given in any order, to the class ``kind``.
+    """Refuse arguments of ``Trainer`` itself, given in any order to the class ``kind``: of gradients, and replicas.
 
     Raises:
+        TypeError: the model is wrapped in ``DataParallel`` or the like.
         ValueError: one of ``NOT_TAKEN``, or a ``compute_loss`` of its own, which no zeroth-order step calls.
     """
     if kind.compute_loss is not Trainer.compute_loss:
         reason = NOT_TAKEN["compute_loss_func"]
         raise ValueError(f"ZOTrainer does not call compute_loss, which {kind.__name__} overrides: {reason}")
     given: Mapping[str, Any] = inspect.signature(Trainer).bind_partial(*args, **kwargs).arguments
+    check_unwrapped(given.get("model"))
     for name, reason in NOT_TAKEN.items():
         if given.get(name) not in (None, (None, None)):
             raise ValueError(f"ZOTrainer does not take {name}: {reason}")

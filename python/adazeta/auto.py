@@ -12,7 +12,7 @@ from adazeta.calibration import LEVELS, Calibration, Run, measure
 from adazeta.data import row_tokens
 from adazeta.errors import UserError
 from adazeta.options import section
-from adazeta.prepare import TRIED, steps_of, steps_per_epoch, to_measure, with_numbers, zo_config
+from adazeta.prepare import check_measurable, steps_of, steps_per_epoch, to_measure, with_numbers, zo_config
 from adazeta.runs import Classifier
 
 BATCHES, DIRECTIONS = 8, 32
@@ -62,14 +62,6 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
         combine=zo.get("combine", "spread"),
         floor=zo.get("floor", 0.0),
     )
-
-
-def check_measurable(settings: Mapping[str, Any]) -> None:
-    """Raise UserError where what is measured is not what a run with these settings would do."""
-    if (name := settings["objective"]) != "loss":
-        raise UserError(f"the task's loss is what is measured, and {name} is another one: eps and lr for it are tried")
-    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
-        raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
 
 
 def calibrate(
@@ -141,11 +133,3 @@ def resolve_auto(
     classifier.card["settings"].update(numbers)
     classifier.card["calibration"] = found.to_dict()
     return {**settings, **numbers}
-
-
-def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings of a resumed run: what trials found when it began stays."""
-    if not stored:
-        return dict(settings)
-    found = {name: stored[name] for name in TRIED if settings[name] == "auto" and name in stored}
-    return {**settings, **found}

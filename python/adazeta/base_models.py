@@ -10,6 +10,8 @@ from pathlib import Path
 from adazeta.errors import UserError
 
 Say = Callable[[str], None]
+#: Ends of names that tell what a class of transformers is, without loading torch to look it up.
+_TOLD_BY_NAME = {"ForCausalLM": "causal", "ForMaskedLM": "masked", "ForSequenceClassification": "head"}
 DTYPES = ("float32", "mixed", "bfloat16", "float16")
 
 
@@ -47,6 +49,13 @@ def architecture(folder: Path) -> str:
     Raises:
         UserError: a damaged config.json, or one that tells neither its architecture nor a known model type.
     """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type, name = config.get("model_type"), (config.get("architectures") or [""])[0]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error}): get the model again") from error
+    if told := next((kind for end, kind in _TOLD_BY_NAME.items() if str(name).endswith(end)), None):
+        return told
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -54,11 +63,6 @@ def architecture(folder: Path) -> str:
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type, name = config.get("model_type"), (config.get("architectures") or [""])[0]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}): get the model again") from error
     kinds = {
         "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,

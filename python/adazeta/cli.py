@@ -58,6 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first or not isinstance(error, ToldEverywhere):
             print(f"adazeta: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
+    except (RuntimeError, MemoryError) as error:
+        from adazeta.planner import is_out_of_memory
+
+        if arguments.debug or not is_out_of_memory(error):
+            raise
+        close_bars()
+        print(
+            f"adazeta: error: out of memory ({' '.join(str(error).split())[:200]}): take shorter texts (--max-tokens), "
+            "a smaller --batch-size or --eval-batch-size, or --dtype mixed",
+            file=sys.stderr,
+        )
+        return FAILED
     except KeyboardInterrupt:
         close_bars()
         if first:

@@ -13,9 +13,6 @@ Source: design after MeZO's seeds (arXiv 2305.17333): a step is known by its see
 """
 
 import os
-import re
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ import torch.distributed as dist
 
 from .digests import code_sha256, crc_of
 from .errors import ToldEverywhere, UserError
+from .joining import begin_group, reason_of
 from .journal import read
 from .journal_format import difference, shown
 from .probes import batch_size, take_rows
@@ -162,7 +160,7 @@ class Ranks:
             yield
         except RuntimeError as error:  # gloo and NCCL have no kind of their own
             raise UserError(
-                f"{when}: rank {self.rank} no longer reaches the other ranks ({_reason(error)}); one of them may say "
+                f"{when}: rank {self.rank} no longer reaches the other ranks ({reason_of(error)}); one of them may say "
                 "why; start all again, they go on from the journal"
             ) from error
 
@@ -300,61 +298,13 @@ def join(data: int = 1, *, timeout: timedelta = TIMEOUT, **keywords) -> Ranks | 
     Raises:
         UserError: the others did not come.
     """
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return None
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(_life(store, rank, size, timeout), store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-        except (RuntimeError, ValueError) as error:
-            where = f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}"
-            raise UserError(
-                f"{where} cannot join the others ({_reason(error)}); torchrun starts all of them"
-            ) from error
-    return Ranks(data, **keywords)
+    return Ranks(data, **keywords) if begin_group(timeout) else None
 
 
 def _check_theta(digests: list[float], when: str) -> None:
     for rank, digest in enumerate(digests):
         if digest != digests[0]:
             raise ToldEverywhere(f"{when} theta on rank {rank} differs from that on rank 0")
-
-
-def _life(store, rank: int, size: int, timeout: timedelta) -> str:
-    """Return a name that rank 0 makes up and gives to the other ranks that live now.
-
-    The store of torchrun outlives restarts, with the addresses of processes that are gone (pytorch issue 135712); under
-    a name of their own the living don't find them. Rank 0 answers all questions, those of the dead too, until all ranks
-    say that they have its answer.
-    """
-    if rank:
-        name = uuid.uuid4().hex
-        store.set(f"asked/{store.add('asked', 1)}", name)
-        life = store.get(f"answer/{name}").decode()
-        store.set(f"{life}/{rank}", "here")
-        return life
-    life, answered, until = uuid.uuid4().hex, set(), time.monotonic() + timeout.total_seconds()
-    while not store.check([f"{life}/{other}" for other in range(1, size)]):
-        for question in {f"asked/{n + 1}" for n in range(store.add("asked", 0))} - answered:
-            if store.check([question]):  # else who asks is about to say its name, or died before
-                store.set(f"answer/{store.get(question).decode()}", life)
-                answered.add(question)
-        if time.monotonic() > until:
-            raise RuntimeError(f"not all of {size} came within {timeout}")
-        time.sleep(0.02)
-    return life
-
-
-def _reason(error: Exception) -> str:
-    """Return what gloo or NCCL says, without where in their source and without advice."""
-    line = re.sub(r"\[/[^]]*\] ", "", str(error).strip().splitlines()[0])
-    return line.split(". ")[0][:160]
-
-
-def together(ranks: Ranks | None, work: Callable[[], Any], when: str) -> Any:
-    """Return ``work()``, by ``Ranks.together`` where there are ranks."""
-    return work() if ranks is None else ranks.together(work, when)
 
 
 def open_journal(

@@ -1,5 +1,8 @@
 """The error a person can act on: one line, without a traceback on the command line."""
 
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(RuntimeError):
     """Something outside the program is wrong (a path, a file, a label, a full disk); the message says what to do.
@@ -33,3 +36,8 @@ class Diverged(UserError):
 
 class ToldEverywhere(UserError):
     """A failure of one rank that all ranks know of and raise; it is enough that rank 0 prints it."""
+
+
+def together(ranks, work: Callable[[], Any], when: str) -> Any:
+    """Return ``work()``, by ``Ranks.together`` of ``adazeta.distributed`` where there are ``ranks``."""
+    return work() if ranks is None else ranks.together(work, when)

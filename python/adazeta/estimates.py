@@ -36,6 +36,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
     per_row = getattr(loss_fn, "per_row", loss_fn)  # what depends on a row alone, where the loss of a row does not
     look = optimizer._first_look
     planner.scored = loss_fn.positions_scored(batch) if hasattr(loss_fn, "positions_scored") else 0
+    planner.generated = loss_fn.max_new_tokens if getattr(loss_fn, "generates", False) else 0
     further = {"others": others, "heads": optimizer._others.heads(model)}
     shares = prefix is not None and bool(prefix.describe())
     looked_at = partial(getattr(loss_fn, "continuous", per_row), model)
@@ -59,6 +60,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
             if look.rows_mix:
                 planner.probes_per_forward = 1
             tokens, _ = tokens_of(batch, loss_fn)
+            further["apart"] = partial(look.parts, model, batch, looked_at)
             losses = evaluate_probes(plan, batch, partial(per_row, model), tokens=tokens, **further, **settings)
             rows = plan.rows * getattr(loss_fn, "rows_per_example", 1)
     return (loss_fn.of_probes(losses, batch) if hasattr(loss_fn, "of_probes") else losses), rows

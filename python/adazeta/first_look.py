@@ -13,6 +13,7 @@ from .in_place import InPlace
 from .planner import Planner
 from .probes import Plan, batch_size, evaluate_probes, take_rows
 from .streamed import Streamed
+from .tokens import looking
 
 #: Rows of the batch that are looked at; one alone would fail in batch norm.
 ROWS = 2
@@ -84,7 +85,7 @@ class FirstLook:
 
     Attributes:
         rows_mix: every probe needs a forward of its own.
-        rows_apart: rows were seen not to mix.
+        rows_apart: rows were seen not to mix; :meth:`parts` finds out where that has not been looked at.
     """
 
     def __init__(self):
@@ -126,6 +127,20 @@ class FirstLook:
                 return
             self.rows_mix, self.rows_apart = mix, not mix
         self._done = True
+
+    def parts(self, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable) -> bool:
+        """Tell whether the rows of a probe may pass in parts, by a look at two of them where there was none yet.
+
+        Asked when memory runs out, with the parameters wherever they are: nothing is moved.
+        """
+        if not self.rows_mix and not self.rows_apart:
+            token = looking.set(True)
+            try:
+                beside, alike = (loss_fn(take_rows(batch, torch.tensor(rows)))[:1].float() for rows in ([0, 1], [0, 0]))
+            finally:
+                looking.reset(token)
+            self.rows_apart = bool(torch.isfinite(alike).all()) and _equal(beside, alike, model)
+        return self.rows_apart
 
 
 def check_streamed(streamed: Streamed, batch: Mapping[str, Any], loss_fn: Callable, *, eps: float) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .probes import Probes, probing
-from .scoring import scored_logits, trunk_of
+from .scoring import language_model, scored_logits, trunk_of
 from .tokens import looking
 
 
@@ -47,6 +47,35 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
+
+
+@torch.no_grad()
+def cache_bytes(model: torch.nn.Module, tokens: int, generated: int) -> int:
+    """Return the bytes of keys and values that a row holds at the end of an answer.
+
+    Args:
+        model: as for :func:`forward_bytes`.
+        tokens: length of the prompt.
+        generated: tokens of the answer.
+    """
+    inner, device = language_model(model), next(model.parameters()).device
+    seq2seq = inner.config.is_encoder_decoder
+    ids = torch.zeros(1, tokens + (0 if seq2seq else generated), dtype=torch.long, device=device)
+    # Without a mask some families look whether the tokens are padding, and here they are not even numbers.
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if seq2seq:
+        inputs["decoder_input_ids"] = ids.new_zeros(1, generated)
+    held = []
+    token = looking.set(True)
+    try:
+        for use_cache in (False, True):
+            with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+                output = inner(**inputs, use_cache=use_cache)
+                held.append(live.now)
+                del output
+    finally:
+        looking.reset(token)
+    return held[1] - held[0]
 
 
 @torch.no_grad()

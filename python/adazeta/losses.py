@@ -53,8 +53,19 @@ class Completion:
         self.label_smoothing = label_smoothing
 
     def positions_scored(self, batch: Mapping[str, Any]) -> int:
-        """Return the most positions of an example that are scored with the whole vocabulary."""
-        return int((host(batch["labels"]) != -100).sum(1).max())
+        """Return the most positions of an example that are scored with the whole vocabulary.
+
+        Raises:
+            ValueError: no labels, or classes in place of tokens.
+        """
+        labels = batch.get("labels")
+        if labels is None or labels.ndim != 2:
+            got = "none" if labels is None else f"shape {tuple(labels.shape)}"
+            raise ValueError(
+                f"the loss of a language model needs labels [rows, tokens], -100 where nothing is scored, got {got}; "
+                "classes [rows] are what adazeta.LabelWords and adazeta.losses.HeadScores score"
+            )
+        return int((host(labels) != -100).sum(1).max())
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B]`` float32 losses.
@@ -116,9 +127,15 @@ class _Words(_Scored):
         tokens = [continuation(tokenizer, word) for word in self.words]
         if len(self.words) < 2:
             raise ValueError(f"expected at least two label words, got {self.words}")
+        unknown = getattr(tokenizer, "unk_token_id", None)
         for word, ids in zip(self.words, tokens):
             if not ids:
                 raise ValueError(f"the label word {word!r} has no tokens")
+            if unknown is not None and unknown in ids:
+                known = tokenizer.unk_token
+                raise ValueError(
+                    f"the tokenizer does not know the label word {word!r}, it reads {known}: choose another"
+                )
         if len({tuple(ids) for ids in tokens}) < len(tokens):
             raise ValueError(f"the label words {self.words} must differ in their tokens, got {tokens}")
         self.tokens = tokens
@@ -167,7 +184,7 @@ class LabelWords(_Words):
         words: label words in the order of the class indices, usually with a leading space.
 
     Raises:
-        ValueError: fewer than two words, an empty word, or two words with the same tokens.
+        ValueError: fewer than two words, an empty or unknown word, or two words with the same tokens.
     """
 
     kind, role = "causal", "the next token of a causal language model"

@@ -18,6 +18,7 @@ def plan_memory(
     tokens: int = 64,
     directions: str | int = "batch",
     scored: int = 0,
+    generated: int = 0,
     memory_budget: int | None = None,
     say=lambda line: None,
 ) -> dict[str, int]:
@@ -33,11 +34,12 @@ def plan_memory(
         tokens: length of the longest example.
         directions: ``"batch"``, ``"example"`` or groups, as in :class:`adazeta.ZerothOrder`.
         scored: tokens of an example that are scored with the whole vocabulary, as ``--task completion`` does.
+        generated: tokens of an answer that is generated, as for ``--objective f1``: keys and values are kept for it.
         memory_budget: bytes of a forward; None is half of what is free beside the weights.
 
     Returns:
-        ``libraries`` (a process that holds nothing yet), ``weights``, ``adapter``, ``forward`` and ``peak`` in bytes,
-        ``probes`` in a forward and the ``rows`` of each in it.
+        ``libraries`` (a process that holds nothing yet), ``weights``, ``adapter``, ``forward``, ``cache`` (keys and
+        values of answers) and ``peak`` in bytes, ``probes`` in a forward and the ``rows`` of each in it.
 
     Numerics: the peak comes within a tenth of the resident memory that is then measured; activations count without what
     the allocator leaves unused between them.
@@ -51,7 +53,7 @@ def plan_memory(
     import transformers
 
     from adazeta import TTConfig
-    from adazeta.footprint import forward_bytes
+    from adazeta.footprint import cache_bytes, forward_bytes
     from adazeta.frozen import mix
     from adazeta.planner import Planner
     from adazeta.probes import groups_of
@@ -77,13 +79,14 @@ def plan_memory(
     if memory_budget is None and device == "cpu":
         memory_budget = max(1, (available_bytes() - weights) // 2)
     planner = Planner(adapted, tt_model=adapted.base_model, memory_budget=memory_budget)
-    planner.scored, planner.rows_apart = min(scored, tokens), True
+    planner.scored, planner.generated, planner.rows_apart = min(scored, tokens), generated, True
     probes = planner.probes(rows, tokens, device)
     at_once = probes * rows if probes > 1 else planner.rows_at_once(rows, tokens, device)
     found = {
         "weights": weights,
         "adapter": _bytes_of(adapted) - weights,
         "forward": forward_bytes(adapted, at_once, tokens, scored=planner.scored, tt_model=adapted.base_model),
+        "cache": at_once * cache_bytes(adapted, tokens, generated) if generated else 0,
     }
     # Asked last, when the libraries that a run uses have been loaded; nothing of the model was.
     found["libraries"] = resident_bytes() or 0
@@ -103,6 +106,7 @@ def describe_plan(name: str, **settings) -> str:
             ("weights", f"{mib('weights')} in {settings.get('dtype', 'float32')}"),
             ("adapter", mib("adapter")),
             ("one forward", f"{mib('forward')}: {plan['probes']} probes x {plan['rows']} rows x {tokens} tokens"),
+            *([("keys, values", f"{mib('cache')} of generated answers")] if plan["cache"] else []),
             ("Python, libraries", mib("libraries")),
             ("peak of training", mib("peak")),
         ]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, is_dataclass, replace
+from dataclasses import asdict, astuple, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from .batches import to_device
 from .block_ends import BlockEnds
 from .config import check_probes, check_update
 from .digests import crc_of, sha256_of
-from .errors import Diverged
 from .estimates import losses_of
 from .estimator import coefficients, probe_signs, projected_gradients
 from .first_look import FirstLook
@@ -24,11 +23,12 @@ from .guards import Guard
 from .in_place import Drift
 from .interrupts import uninterrupted
 from .journal import Journal
+from .next_step import next_step
 from .others import WAYS, Others, trainable_adapter
 from .planner import Planner
 from .prefix import Prefix
 from .prefix_cache import cache_of
-from .probes import Plan, batch_size, groups_of
+from .probes import Plan, batch_size, check_mask, groups_of
 from .recording import record_going_back, record_run
 from .replay import decayed_views, redo_estimates, replay
 from .schedule import as_schedule
@@ -158,6 +158,19 @@ class ZerothOrder(torch.optim.Optimizer):
         self.probe_losses: torch.Tensor | None = None  # of the last estimate, [G, Q, S], summed over a group's rows
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Refuse a second group: what trains, where it lies in a direction and its lr are settled with the optimizer.
+
+        Raises:
+            ValueError: always, but from the constructor.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "ZerothOrder trains what required grad when it was made, in one group: set requires_grad on further "
+                "parameters, then make a new ZerothOrder(model, ...)"
+            )
+        super().add_param_group(param_group)
+
     def trainable(self) -> Trainable:
         """Return the numbers that ``step`` changes: flat ``theta`` of the adapter, then the other parameters."""
         theta = [self.tt_model.theta(self.adapter)] if self.tt_model else []
@@ -186,8 +199,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Raises:
             TypeError: a batch that is no mapping, a loss that is no tensor.
-            ValueError: other than one loss per row; the adapter is not active, or disabled; with the data spread over
-                ranks, a loss that is no mean over examples.
+            ValueError: a row whose attention mask is all zeros; other than one loss per row; the adapter is not active,
+                or disabled; with the data spread over ranks, a loss that is no mean over examples.
         """
         if self.pending:
             return self.next_recorded.loss
@@ -200,6 +213,7 @@ class ZerothOrder(torch.optim.Optimizer):
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             batch = to_device(batch, device)
+        check_mask(batch)
         groups = groups_of(self.directions, examples)
         if self.ranks and self.directions != "batch":
             self.ranks.same_batch(examples, self.step_index)
@@ -251,7 +265,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if closure is not None:
             raise TypeError("ZerothOrder.step takes no closure; call estimate(loss_fn, batch) before it")
         trainable = self.trainable()
-        step = self.next_recorded if self.pending else self._new_step(trainable)
+        step = self.next_recorded if self.pending else next_step(self, trainable)
         with uninterrupted():  # Ctrl-C finds a step made, counted and recorded, or none of it
             if self.pending:
                 redo_estimates(trainable, step, Drift.of(self._header), self.run_seed)
@@ -259,40 +273,6 @@ class ZerothOrder(torch.optim.Optimizer):
             elif self.journal is not None:
                 self.journal.append(step)
             self._make(step, trainable)
-
-    def _new_step(self, trainable: Trainable) -> Step:
-        """Return the step that the estimates ask for, or the one that goes back because the guard refuses it."""
-        if not self._projected:
-            raise RuntimeError("step() without estimate(): there is nothing to update with")
-        result = coefficients(torch.cat(self._projected), combine=self.combine, floor=self.floor, clip=self.clip)
-        group = self.param_groups[0]
-        check_update(*(group[name] for name in ("lr", "momentum", "weight_decay")))  # a schedule may have set them
-        finite = [loss for loss in self._mean_losses if loss == loss]
-        # A digest of every step where theta is small; of so few that they cost little where it is not.
-        digest_due = self.journal is not None and self.step_index % (1 + (trainable.numel >> 16)) == 0
-        step = Step(
-            index=self.step_index,
-            lr=float(group["lr"]) * self.guard.lr_factor,
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            coefficients=tuple(result.values),
-            loss=sum(finite) / len(finite) if finite else float("nan"),
-            spread=torch.tensor(result.spread, dtype=torch.float32).item(),
-            rows=self.rows - self._counted[0],
-            losses=self.evaluations - self._counted[1],
-            dropped=result.dropped,
-            clipped=result.clipped,
-            digest=crc_of(trainable.tensors) if digest_due else None,
-        )
-        reason = self.guard.objection(step)
-        if not reason:
-            return step
-        reason = f"step {step.index} is refused: {reason}"
-        if self.guard.policy != "rollback" or self.guard.went_back >= self.guard.rollbacks:
-            raise Diverged(f"{reason}; try a smaller lr, or on_divergence='rollback'")
-        if self.journal is None:
-            raise Diverged(f"{reason}, and without a journal there is nothing to go back to")
-        return replace(step, coefficients=(), back_to=self.guard.best_step)
 
     def _make(self, step: Step, trainable: Trainable) -> None:
         """Update the numbers and everything that is counted."""

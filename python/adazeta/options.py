@@ -203,6 +203,7 @@ PLAN = [
     Option("batch-size", positive, "examples per step", 16),
     Option("tokens", positive, "length of the longest example", 64),
     Option("scored", natural, "tokens of an example scored with the whole vocabulary: the answer's, for completion", 0),
+    Option("generated", natural, "tokens of an answer that is generated, for --objective f1 and the like", 0),
     Option("directions", directions, "who shares a direction: batch, example or N groups", "batch"),
     Option("dtype", str, "number format", "float32", choices=("float32", "mixed", "bfloat16", "float16")),
     Option("memory-budget", read_size, "memory of a forward, such as 500MiB", shown="half of what is free"),

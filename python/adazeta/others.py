@@ -76,7 +76,7 @@ def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
     """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or one that makes copies of the model inside it.
         ValueError: several adapters are trainable.
     """
     if not isinstance(model, nn.Module):
@@ -84,6 +84,7 @@ def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
             "ZerothOrder takes the model itself, not its parameters: ZerothOrder(model, lr=...) trains those that "
             f"require grad; got {type(model).__name__}"
         )
+    check_unwrapped(model)
     tt_model = next((m for m in model.modules() if isinstance(m, TTModel)), None)
     if tt_model is None:
         if any(isinstance(m, TTLayer) for m in model.modules()):
@@ -100,6 +101,15 @@ def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
     if len(names) > 1:
         raise ValueError(f"adapters {names} are all trainable; make one active with model.set_adapter(name)")
     return (tt_model, names[0]) if names else (None, "default")
+
+
+def check_unwrapped(model) -> None:
+    """Raise TypeError where ``model`` is a wrapper that makes copies of a model, whose probes it would not know of."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"expected the model itself, got it inside {type(model).__name__}: give model.module, and let several GPUs "
+            "be used by as many processes (torchrun, ranks=adazeta.distributed.join())"
+        )
 
 
 def check_active(tt_model: TTModel, adapter: str) -> None:

@@ -21,6 +21,10 @@ TOKENS_PER_FORWARD = {"cpu": 256, "cpu mixed": 256, "cpu float32": 768, "default
 #: between mixed layers are float32 (docs/performance.md).
 MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131072}
 
+#: Copies of a last token, in prompts, that no forward is cut below for its number of tokens: prompts, which every part
+#: repeats, are then a ninth of it at most.
+LEAST_COPIES = 8
+
 #: No forward keeps more live numbers per token, in units of the widest linear layer (seen: 4 to 9); only where so many
 #: might not fit is the footprint looked up, which takes a second for a large model.
 MOST_WIDTHS = 32
@@ -71,6 +75,7 @@ class Planner:
 
     Attributes:
         scored: positions of an example that the output layer scores with its whole vocabulary: of the batch at hand.
+        generated: tokens of an answer, whose keys and values are kept, where a forward generates one: likewise.
         asked_for: the memory budget was given, not found.
         rows_apart: rows do not see each other, so that those of a probe may pass in forwards of their own.
     """
@@ -92,11 +97,11 @@ class Planner:
         self.probes_per_forward, self.memory_budget = probes_per_forward, memory_budget
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if model is not None else []
         self._widest = max((max(m.in_features, m.out_features) for m in linears), default=0)
-        self.scored, self.rows_apart = 0, False
+        self.scored, self.generated, self.rows_apart = 0, 0, False
         self._kind = _kind_of(model, "cpu")
         self.asked_for = memory_budget is not None
-        # Rows that fit, by rows wanted, tokens of a row and how many of them are scored.
-        self._fitting: dict[tuple[int, int, int], int] = {}
+        # Rows that fit, by rows wanted, tokens of a row, how many of them are scored, and generated tokens.
+        self._fitting: dict[tuple[int, int, int, int], int] = {}
         self._unknown = False  # the model does not run without numbers
         self._most_tokens: int | None = None  # learned by running out of memory
 
@@ -136,6 +141,14 @@ class Planner:
         if not self.rows_apart or rows * tokens <= most:
             return rows
         return -(-rows // min(rows, -(-rows * tokens // most)))
+
+    def copies(self, prompt: int, rows: int, device: str = "cpu") -> int:
+        """Return how many copies of its last token a prompt of ``prompt`` other tokens has in a forward at most.
+
+        ``rows`` prompts share the forward, of ``MOST_TOKENS``: its mask grows with the square of the copies. But not so
+        few that the prompts, which pass once more with every further part, are more than a small share of it.
+        """
+        return max(1, LEAST_COPIES * prompt, self._of(MOST_TOKENS, device) // rows - prompt)
 
     def _of(self, table: dict[str, int], device: str) -> int:
         return _look_up(table, self._kind if device == "cpu" else device)
@@ -177,9 +190,7 @@ class Planner:
             half = (last - first) // (2 * unit) * unit
             if not is_out_of_memory(error) or half == 0:
                 raise
-            self.learn((last - first) * tokens, half * tokens)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.learn((last - first) * tokens, half * tokens)
         parts = ((first, first + half), (first + half, last))
         return [result for part in parts for result in self.run(forward, *part, tokens, unit)]
 
@@ -188,6 +199,8 @@ class Planner:
         if self._most_tokens is None:
             log.warning("out of memory in a forward of %s tokens; going on with %s at most", failed, tokens)
         self._most_tokens = min(tokens, self.most_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def most_tokens(self) -> float:
@@ -203,9 +216,10 @@ class Planner:
 
     def _rows_that_fit(self, wanted: int, tokens: int, device: str) -> int:
         """The most rows of a forward within the budget, at most ``wanted``."""
-        if self.model is None or wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device):
+        plenty = wanted * tokens * self._widest * 4 * MOST_WIDTHS <= self._budget(device) and not self.generated
+        if self.model is None or plenty:
             return wanted
-        key = (wanted, tokens, self._scored(tokens))
+        key = (wanted, tokens, self._scored(tokens), self.generated)
         if key not in self._fitting:
             rows = wanted
             while rows and (taken := self._bytes(rows, tokens)) > self._budget(device):
@@ -219,13 +233,14 @@ class Planner:
         return min(tokens, -(-self.scored // LOOKED_UP) * LOOKED_UP)
 
     def _bytes(self, rows: int, tokens: int) -> int:
-        from .footprint import forward_bytes
+        from .footprint import cache_bytes, forward_bytes
 
         if self._unknown:
             return 0
         try:
             probes = {"tt_model": self.tt_model, "adapter": self.adapter}
-            return forward_bytes(self.model, rows, tokens, scored=self._scored(tokens), **probes)
+            kept = cache_bytes(self.model, tokens, self.generated) if self.generated else 0
+            return rows * kept + forward_bytes(self.model, rows, tokens, scored=self._scored(tokens), **probes)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             # A model may look at numbers, or know no way without them.
             log.warning(

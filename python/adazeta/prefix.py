@@ -118,13 +118,11 @@ class Prefix:
             return False
         if self._watch is not None and self._known == found and self._watch.same():
             held = [self.tt_model.model.get_submodule(path) for path in (name, self._path)]
-            if held == [self.blocks, self.backbone] and not self.backbone.training:
+            if held == [self.blocks, self.backbone]:
                 return True
         self._watch = None
         self.blocks = self.tt_model.model.get_submodule(name)
         self.backbone, self._path, inner = self._find_backbone(name)
-        if self.backbone.training:
-            raise CannotShare("the model is in training mode; call model.eval()")
         if any(map(is_compiled, self.tt_model.modules())):
             raise CannotShare("the model is compiled")
         watch = Watch(self.backbone, inner, self.first)

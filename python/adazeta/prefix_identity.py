@@ -28,11 +28,13 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
         first: index of the first adapted block.
 
     Raises:
-        CannotShare: a tensor is trainable, or an adapter is active below.
+        CannotShare: a tensor is trainable, a module in training mode, or an adapter is active below.
     """
     for name, module in backbone.named_modules():
         if _above(name, blocks, first):
             continue
+        if _trains(module):
+            raise CannotShare(f"{name or 'the model'} is in training mode; call model.eval()")
         if isinstance(module, BaseTunerLayer) and (active := _active(module)):
             raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
         for own, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
@@ -60,9 +62,11 @@ class Watch:
         self._sizes: list[tuple[dict, int]] = []
         self._tuners: list[tuple[BaseTunerLayer, list]] = []
         self._hooked: list[tuple[nn.Module, list]] = []
+        self._modules: list[nn.Module] = []
         for name, module in backbone.named_modules():
             if _above(name, blocks, first):
                 continue
+            self._modules.append(module)
             if name:  # what the backbone's own hooks change is seen in what it is given
                 self._hooked.append((module, _hooks(module)))
             prefix = f"{name}." if name else ""
@@ -91,7 +95,8 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing has changed since this was made."""
         return (
-            all(own.get(key) is one for own, key, one in self._held)
+            not any(map(_trains, self._modules))
+            and all(own.get(key) is one for own, key, one in self._held)
             and all(len(own) == size for own, size in self._sizes)
             and all(_active(module) == active for module, active in self._tuners)
             and all(_hooks(module) == hooks for module, hooks in self._hooked)
@@ -117,6 +122,11 @@ def _above(name: str, blocks: str, first: int) -> bool:
     if name.partition(".")[0] == "pooler":
         return True
     return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module may compute at random: in training mode, and more than a place for an adapter's parts."""
+    return module.training and not isinstance(module, (BaseTunerLayer, nn.ModuleDict, nn.ParameterDict))
 
 
 def _hooks(module: nn.Module) -> list:

@@ -28,13 +28,14 @@ def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection
     Raises:
         UserError: no such model, no such device, or details of a private run that is none.
     """
-    from adazeta.devices import chosen_device
-
     private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
     if not private and (details := [key for key in ("dp_clip", "dp_delta") if key in given]):
         flag = f"--{details[0].replace('_', '-')}"
         raise UserError(f"{flag} alone makes no private training: add --dp-epsilon or --dp-noise, or leave {flag} out")
-    chosen_device(settings["device"])
+    if settings["device"] not in ("auto", "cpu"):  # which are there; any other takes torch to tell
+        from adazeta.devices import chosen_device
+
+        chosen_device(settings["device"])
     kind = architecture(model_folder(settings["model"], say))
     settings = dict(settings)
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
@@ -100,6 +101,22 @@ def task_of(settings: Mapping[str, Any], say=lambda line: None) -> Task:
 def to_measure(settings: Mapping[str, Any]) -> list[str]:
     """Return which settings are ``auto``: ``eps``, ``lr``, both or neither (``adazeta.auto`` measures them)."""
     return [name for name in ("eps", "lr") if settings[name] == "auto"]
+
+
+def check_measurable(settings: Mapping[str, Any]) -> None:
+    """Raise UserError where what is measured is not what a run with these settings would do."""
+    if (name := settings["objective"]) != "loss":
+        raise UserError(f"the task's loss is what is measured, and {name} is another one: eps and lr for it are tried")
+    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
+        raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
+
+
+def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a resumed run: what trials found when it began stays."""
+    if not stored:
+        return dict(settings)
+    found = {name: stored[name] for name in TRIED if settings[name] == "auto" and name in stored}
+    return {**settings, **found}
 
 
 def with_numbers(settings: Mapping[str, Any], preset: str) -> dict[str, Any]:

@@ -183,8 +183,9 @@ def evaluate_probe_tokens(
     # Groups are kept whole; a single group (all examples share their probes) is cut by rows.
     unit = plan.rows_per_probe if plan.groups > 1 else 1
     ids = batch["input_ids"]
-    copies = min(per_row, planner.probes_per_forward or per_row)
-    rows_done = 0
+    prompt = ids.shape[1] - 1
+    copies = planner.probes_per_forward or planner.copies(prompt, unit, ids.device.type)
+    copies, rows_done = min(per_row, copies), 0
 
     def forward(first_row: int, last_row: int) -> torch.Tensor:
         nonlocal rows_done
@@ -207,7 +208,7 @@ def evaluate_probe_tokens(
         return torch.cat(pieces, 1)  # [rows, per_row]
 
     blocks: list[torch.Tensor] = []
-    first_row, prompt = 0, ids.shape[1] - 1
+    first_row = 0
     while first_row < len(ids):
         length, fewer = prompt + copies, -(-copies // 2)
         if copies > 1 and unit * length > planner.most_tokens:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .batches import along, onto
+from .batches import along, host, onto
 from .factors import FactorGroups
 from .in_place import InPlace
-from .planner import Planner
+from .planner import Planner, is_out_of_memory
 from .split_heads import probe_by_probe
 from .streamed import Streamed
 
@@ -107,6 +107,14 @@ def batch_size(batch: Mapping[str, Any], least: int = 1) -> int:
     return size
 
 
+def check_mask(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError if a row of ``attention_mask`` ``[rows, tokens]`` is all zeros: its loss would mean nothing."""
+    mask = batch.get("attention_mask")
+    if torch.is_tensor(mask) and mask.ndim == 2 and not bool((read := (host(mask) != 0).any(1)).all()):
+        row = int(read.long().argmin())
+        raise ValueError(f"row {row} of the batch has no token, its attention_mask is all zeros: leave such rows out")
+
+
 def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """Return the batch with dimension 0 of every tensor, and every list or tuple of as many entries as there are
     examples, indexed by ``rows``; other values pass through."""
@@ -178,6 +186,7 @@ def evaluate_probes(
     distribution: str = "gaussian",
     planner: Planner | None = None,
     tokens: int | None = None,
+    apart: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Return the loss of every row at every probe, ``[G, Q, S, rows_per_probe]`` float32 on the CPU.
 
@@ -190,6 +199,7 @@ def evaluate_probes(
         heads: modules that hold all of them (:func:`adazeta.split_heads.heads_of`).
         planner: says how many probes share a forward; by default the number of tokens does.
         tokens: those of an example, by default as many as the batch holds.
+        apart: asked where memory does not hold one probe: do rows not see each other, so that they may pass in parts?
 
     Raises:
         TypeError: ``loss_fn`` returns no tensor.
@@ -229,11 +239,17 @@ def evaluate_probes(
         """The losses of some probes together, or of one in as many parts as it takes."""
         if last - first > 1:
             return forward(first, last)
-        step, unit = planner.rows_at_once(rows, tokens, device), 1 if planner.rows_apart else rows
+        if not planner.rows_apart:
+            try:
+                return forward(first, last)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or rows == 1 or not apart():
+                    raise
+            planner.rows_apart = True
+            planner.learn(rows * tokens, rows // 2 * tokens)
+        step = planner.rows_at_once(rows, tokens, device)
         parts = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-        return torch.cat(
-            [loss for part in parts for loss in planner.run(partial(forward, first, last), *part, tokens, unit)]
-        )
+        return torch.cat([loss for part in parts for loss in planner.run(partial(forward, first, last), *part, tokens)])
 
     losses: list[torch.Tensor] = []
     first = 0

@@ -46,8 +46,12 @@ def kind_of(model: nn.Module) -> str:
         ValueError: the model has no language-model head.
     """
     inner = language_model(model)
-    if inner.get_output_embeddings() is None or inner.base_model is inner and not inner.can_generate():
-        raise ValueError(f"expected a model with a language-model head, got {type(inner).__name__}")
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    if head is None or inner.base_model is inner and not inner.can_generate():
+        raise ValueError(
+            f"expected a model with a language-model head, got {type(inner).__name__}; the loss of a classifier is "
+            "adazeta.losses.HeadScores()"
+        )
     if inner.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if inner.can_generate() else "masked"

@@ -36,6 +36,7 @@ from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
 from .privacy import PoissonBatches, check_batches
 from .quantized import all_finite
+from .scoring import kind_of
 
 
 class ZOTrainer(Trainer):
@@ -57,8 +58,10 @@ class ZOTrainer(Trainer):
         **kwargs: those of ``transformers.Trainer``.
 
     Raises:
-        ValueError: several GPUs in a process, several processes without ``ranks``, or arguments that make no sense
-            without gradients; each is named, with the reason, before anything is written.
+        TypeError: a model inside ``DataParallel`` or the like.
+        ValueError: several GPUs in a process, several processes without ``ranks``, the default loss for a model without
+            a language-model head, or arguments that make no sense without gradients; each is named, with the reason,
+            before anything is written.
 
     ``train_sampling_strategy="group_by_length"`` takes ``adazeta.grouped.LengthGrouped``, whose order a resumed run
     finds again. With ``load_best_model_at_end`` the numbers of the best evaluation come out of the journal, which
@@ -90,6 +93,8 @@ class ZOTrainer(Trainer):
         check_trainer_arguments(type(self), model, args, *rest, **kwargs)
         if args is not None:
             check_arguments(args)
+        if loss in (None, lm_loss) and model is not None:
+            kind_of(model)  # without a language-model head there is no such loss
         self.zo = zo or ZOConfig()
         self.loss = _smoothed(loss, args.label_smoothing_factor if args is not None else 0.0)
         self.journal_wanted, self.identity, self.about, self.fsync_every = journal, identity or {}, about, fsync_every

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adazeta.data import Example
-from adazeta.errors import UserError
+from adazeta.errors import UserError, together
 from adazeta.files import disk_errors
 from adazeta.measures import Aim, Measures, aim_of, measures_of
 from adazeta.memory import Peak, freed_memory_kept, resident_bytes
@@ -120,7 +120,6 @@ def fit(
     from adazeta import ZOTrainer
     from adazeta.best import Best
     from adazeta.digests import json_sha256
-    from adazeta.distributed import together
     from adazeta.journal import NAME as JOURNAL
     from adazeta.progress import Bar, Limits, MetricsFile
 
@@ -252,9 +251,6 @@ def train(
         UserError: bad settings or data, a full disk, or losses that are never finite; ``output`` is as it was.
         Interrupted: Ctrl-C; ``<output>.partial`` can be resumed.
     """
-    from adazeta.best import best_metric
-    from adazeta.distributed import together
-
     splits, settings = together(ranks, lambda: load_data(settle(settings, say, given), say), "data")
     processes = ranks.size if ranks is not None else 1
     settings = settle_privacy(settings, preset, len(splits["train"]), say, processes, resume=resume)
@@ -267,6 +263,8 @@ def train(
         say(f"{settings['dev_data']}: {settings['eval_limit']} of {len(splits['dev']):,} rows are dev (--eval-limit)")
     splits["dev"] = splits["dev"][: settings["eval_limit"]]
     aim = together(ranks, lambda: aim_of(settings), "objective")
+    from adazeta.best import best_metric  # takes transformers, which is loaded when data and settings have been seen
+
     if aim.is_metric:
         settings = {**settings, "metric": list(dict.fromkeys([*settings["metric"], aim.name]))}
     where = {"dev": bool(splits["dev"]), "processes": processes}
@@ -286,7 +284,6 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory, shown_sentences
-    from adazeta.distributed import together
     from adazeta.head_start import start_head
     from adazeta.journal import NAME as JOURNAL
     from adazeta.model_card import NAME as MODEL_CARD

@@ -16,7 +16,7 @@ from adazeta.footprint import LiveBytes, forward_bytes
 from adazeta.heads import MeanPooled
 from adazeta.losses import CandidateLikelihood, HeadScores, lm_loss
 from adazeta.objectives import ClassObjective
-from adazeta.planner import TOKENS_PER_FORWARD, Planner
+from adazeta.planner import MOST_TOKENS, TOKENS_PER_FORWARD, Planner
 from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
 from adazeta.tokens import looking
@@ -196,6 +196,19 @@ def test_limited_copies_still_share_forwards_between_rows():
     assert seen[-2:] == [(4, 6 + 4)] * 2  # 8 probes in two forwards of all rows
 
 
+def test_copies_are_no_more_than_a_forward_gains_from(monkeypatch):
+    model, loss, seen = tiny_adapted(1, noise=0.3, positions="last"), LabelWords(Words(), [" a", " b"]), []
+    batch, losses = {**lm_batch(2, 4), "labels": torch.arange(2)}, []
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for most in (10**9, 33, 10):  # 3 tokens and 30 copies, and at least 8 x 3 copies
+        monkeypatch.setitem(MOST_TOKENS, "cpu float32", most)
+        losses.append(ZerothOrder(model, queries=24).estimate(loss, batch))
+    assert [shape for shape in seen if shape[1] > 7] == [(2, 51), (2, 33), (2, 21), (2, 27), (2, 27)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
 def test_kept_hidden_states_are_those_of_the_precision():
     model = tiny_adapted(layers=3, noise=0.2, layers_to_transform=[2])
     step = ZerothOrder(model, queries=2, prefix_cache="memory")
@@ -218,3 +231,44 @@ def test_flattened_rows_have_no_last_token():
     model = adapted("opt", positions="last")
     with pytest.raises(ValueError, match="needs rows and tokens apart"):
         model(input_ids=torch.ones(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("way", ["streamed", "in-place", "one probe a forward"])
+def test_a_probe_of_its_own_forward_passes_in_parts_when_memory_runs_out(way, caplog):
+    """Nothing has looked at the rows before: that is done when memory runs out, and nothing is moved for it."""
+    found, trained = [], []
+    for most in (4, 2):
+        model = tiny_adapted(1, noise=0.2) if way == "one probe a forward" else tiny_llama(1)
+        more = {"probes_per_forward": 1} if way == "one probe a forward" else {"perturb": way}
+        opt, sizes = ZerothOrder(model, queries=2, eps=1e-2, **more), []
+        loss = narrow_loss(most, sizes)
+        found.append([opt.estimate(loss, lm_batch(4)) for _ in range(2)])
+        assert sizes[-4:] == [most] * 4  # the second time without a look, and without trying more
+        opt.step()
+        trained.append(opt.trainable().tensors)
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    for ours, others in zip(*trained):
+        torch.testing.assert_close(ours, others, atol=2e-3, rtol=0)
+    assert caplog.text.count("out of memory in a forward of 28 tokens; going on with 14") == 1
+
+
+def narrow_loss(most, sizes):
+    """``lm_loss`` for as many rows as memory has room for; ``sizes`` are those of its calls."""
+
+    def loss(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("no room")
+        return lm_loss(model, batch)
+
+    return loss
+
+
+def test_a_probe_whose_rows_mix_does_not_pass_in_parts():
+    def mixed(model, batch):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return (loss := lm_loss(model, batch)) + loss.mean()
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        ZerothOrder(tiny_llama(1)).estimate(mixed, lm_batch(4))

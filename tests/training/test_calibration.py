@@ -11,7 +11,6 @@ from tiny import lm_batch, tiny_adapted
 from tiny_run import SAME_BITS, fails, main, write_data, write_model
 
 from adazeta import ZerothOrder
-from adazeta.auto import as_before
 from adazeta.calibration import (
     LARGEST,
     LEVELS,
@@ -27,6 +26,7 @@ from adazeta.calibration import (
 )
 from adazeta.errors import UserError
 from adazeta.losses import lm_loss
+from adazeta.prepare import as_before
 from adazeta.progress import Bar
 from adazeta.training import Interrupted
 

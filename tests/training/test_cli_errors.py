@@ -133,3 +133,40 @@ def test_data_that_is_not_there_is_told_before_libraries_load(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "no such data file: none.csv; give a .csv" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_that_smaller_forwards_do_not_meet(error, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("adazeta.memory_plan.describe_plan", fail)
+    assert "out of memory" in (said := fails(capsys, "info", "smollm2", "--plan")) and "--batch-size" in said
+    with pytest.raises(type(error)):
+        cli.main(["info", "smollm2", "--plan", "--debug"])
+
+
+LOOK = """
+import sys
+from adazeta import cli
+status = cli.main(sys.argv[1:])
+print(status, *(name for name in ("torch", "peft", "accelerate") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    "command, rows, told",
+    [
+        ("train", "words,label\na,positive\n", "no column 'text'"),
+        ("train", "text,label\na,positive\nb,positive\n", "only ['positive']"),
+        ("calibrate", "words,label\na,positive\n", "no column 'text'"),
+        ("eval", "text,label\na,positive\nb,odd\n", "label 'odd' is not one of"),
+    ],
+)
+def test_wrong_data_is_told_before_libraries_are_loaded(command, rows, told, world, tmp_path):
+    (tmp_path / "rows.csv").write_text(rows)
+    given = ["--model", world[0] / "base", "--output", tmp_path / "out"] if command != "eval" else [world[0] / "run"]
+    given = [command, *given, "--data", tmp_path / "rows.csv"]
+    done = subprocess.run([sys.executable, "-c", LOOK, *given], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2"] and told in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()

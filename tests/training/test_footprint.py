@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import families
 import peft
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_run import fails, main, write_model
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from adazeta import TTConfig
-from adazeta.footprint import LiveBytes, forward_bytes
+from adazeta.footprint import LiveBytes, cache_bytes, forward_bytes
 from adazeta.frozen import mix, pack
 from adazeta.memory import MIB, read_size
 from adazeta.memory_plan import plan_memory
@@ -77,6 +78,24 @@ def test_the_output_layer_counts_where_it_scores_all_words(name):
     assert wide.probes(1, 32) == 8
     wide.scored = 32
     assert 1 <= wide.probes(1, 32) < 8
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@torch.no_grad()
+def test_keys_and_values_of_an_answer_count(family):
+    model, ids = families.adapted(family), torch.ones(1, 16, dtype=torch.long)
+    asked = {"input_ids": ids[:, :10], "decoder_input_ids": ids[:, :6]} if family == "t5" else {"input_ids": ids}
+    cache = model.get_base_model()(**asked, use_cache=True).past_key_values
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if family == "t5" else [cache]
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
+    assert cache_bytes(model, 10, 6) == kept > 0
+
+
+def test_a_budget_holds_the_keys_and_values_of_answers():
+    planner, counts = Planner(adapted("llama"), memory_budget=1 << 20), []
+    for planner.generated in (0, 20, 200):
+        counts.append(planner.probes(2, 16))
+    assert counts[0] > counts[1] > counts[2] >= 1
 
 
 def test_probes_in_a_forward_follow_from_tokens_and_budget():
@@ -200,5 +219,7 @@ def test_the_command_tells_the_plan(tmp_path, capsys):
     plan = ("info", "--plan", tmp_path / "base", "--bottleneck", 8)
     code, out, err = main(capsys, *plan, "--tokens", 20, "--batch-size", 4)
     assert code == 0, err
-    assert "peak of training" in out and "probes x 4 rows x 20 tokens" in out
+    assert "peak of training" in out and "probes x 4 rows x 20 tokens" in out and "keys, values" not in out
+    code, out, err = main(capsys, *plan, "--tokens", 20, "--batch-size", 4, "--generated", 30)
+    assert code == 0 and "keys, values" in out and "of generated answers" in out
     assert "too small for one probe" in fails(capsys, *plan, "--memory-budget", "1KiB")

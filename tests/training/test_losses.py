@@ -16,8 +16,8 @@ from adazeta.scoring import aligned, scored_logits
 class Words:
     """A tokenizer that knows a few words: all that LabelWords asks for."""
 
-    pad_token_id = 0
-    table = {"good": [5], "bad": [9], "very good": [5, 6], "not so bad": [7, 8, 9], "empty": []}
+    pad_token_id, unk_token_id, unk_token = 0, 1, "<unk>"
+    table = {"good": [5], "bad": [9], "very good": [5, 6], "not so bad": [7, 8, 9], "empty": [], "unheard": [7, 1]}
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
@@ -188,7 +188,13 @@ def test_evaluate_keeps_the_order_of_the_dataset():
 
 
 @pytest.mark.parametrize(
-    "words, match", [(["good"], "at least two"), (["good", "good"], "differ"), (["good", "empty"], "no tokens")]
+    "words, match",
+    [
+        (["good"], "at least two"),
+        (["good", "good"], "differ"),
+        (["good", "empty"], "no tokens"),
+        (["good", "unheard"], r"does not know the label word 'unheard', it reads <unk>: choose another"),
+    ],
 )
 def test_bad_label_words(words, match):
     with pytest.raises(ValueError, match=match):

@@ -160,6 +160,10 @@ def test_nothing_is_shared_where_that_would_be_wrong(caplog):
         assert estimate(model.train(), batch) == 0
         assert "training mode" in reason(caplog)
         model.eval()
+        blocks_of(model)[1].mlp.train()
+        assert estimate(model, batch) == 0
+        assert "layers.1.mlp is in training mode" in reason(caplog)
+        model.eval()
         weight.requires_grad_(True)
         assert estimate(model, batch) == 0
         assert "layers.0.mlp.up_proj.weight is trainable" in reason(caplog)

@@ -295,3 +295,16 @@ def test_settings():
             read_setting(wrong)
     with pytest.raises(ValueError, match="memory:SIZE"):
         optimizer("ram")
+
+
+def test_kept_states_are_not_used_while_a_lower_block_is_in_training_mode(caplog):
+    opt, batch = optimizer("memory"), lm_batch(4)
+    losses = []
+    for training in (False, True, False):
+        opt.model.get_submodule("base_model.model.model.layers.0").train(training)
+        with caplog.at_level(logging.WARNING, logger="adazeta"):
+            losses.append(opt.estimate(lm_loss, batch))
+        losses.append(opt.prefix.hits)
+        opt.zero_grad()
+    assert losses[1::2] == [0, 0, 0] and losses[0] == losses[4]  # forgotten meanwhile
+    assert caplog.text.count("layers.0 is in training mode; call model.eval()") == 1

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from tiny import lm_batch, tiny_adapted, tiny_llama
-from transformers import TrainingArguments
+from transformers import LlamaForSequenceClassification, TrainingArguments
 
 from adazeta import TTConfig, ZerothOrder, ZOTrainer
 from adazeta.losses import lm_loss
@@ -92,3 +92,48 @@ def test_texts_as_a_data_loader_collates_them():
 def test_a_rank_that_is_no_integer():
     with pytest.raises(TypeError, match=r"rank must be an integer or one integer per bond, got 2\.5"):
         tiny_adapted(1, rank=2.5)
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "trainer"])
+def test_a_model_inside_data_parallel(kind, tmp_path):
+    model = torch.nn.DataParallel(tiny_adapted(1))
+    with pytest.raises(TypeError, match=r"expected the model itself, got it inside DataParallel: give model\.module"):
+        if kind == "optimizer":
+            ZerothOrder(model)
+        else:
+            ZOTrainer(model=model, args=TrainingArguments(tmp_path / "out", report_to=[]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_of_a_language_model_for_a_classifier(tmp_path):
+    classifier = LlamaForSequenceClassification(tiny_llama(1).config)
+    what = r"expected a model with a language-model head, got LlamaFor\w+; the loss of a classifier is .*HeadScores"
+    for loss in ({}, {"loss": lm_loss}):
+        with pytest.raises(ValueError, match=what):
+            ZOTrainer(model=classifier, args=TrainingArguments(tmp_path / "out", report_to=[]), **loss)
+    assert not (tmp_path / "out").exists()
+    for model in (classifier, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="expected a model with a language-model head, got L"):
+            ZerothOrder(model).estimate(lm_loss, lm_batch())
+
+
+@pytest.mark.parametrize(
+    "labels, got", [(None, "none"), (torch.arange(4) % 2, r"shape \(4,\)")], ids=["none", "classes"]
+)
+def test_labels_of_a_language_model_that_are_no_tokens(labels, got):
+    with pytest.raises(ValueError, match=rf"needs labels \[rows, tokens\], .* got {got}; classes .*LabelWords"):
+        ZerothOrder(tiny_adapted(1)).estimate(lm_loss, {**lm_batch(), "labels": labels})
+
+
+def test_a_group_of_parameters_added_later():
+    opt = ZerothOrder(tiny_adapted(1))
+    with pytest.raises(ValueError, match=r"in one group: set requires_grad on further parameters, then make a new"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_row_without_a_token():
+    batch = lm_batch()
+    batch["attention_mask"][2] = 0
+    with pytest.raises(ValueError, match="row 2 of the batch has no token, its attention_mask is all zeros"):
+        ZerothOrder(tiny_adapted(1)).estimate(lm_loss, batch)

@@ -43,16 +43,18 @@ def _calibrate(arguments) -> int:
     check_data(settings["data"], settings["dev_data"])
     stay_offline(settings["data"], settings["dev_data"])
 
-    from ..auto import calibrate, check_measurable
-    from ..calibration_report import describe, draw
-    from ..files import disk_errors
-    from ..head_start import start_head
-    from ..prepare import load_data, new_classifier, settle, settle_machine
-    from ..runs import write_json
+    from ..prepare import check_measurable, load_data, new_classifier, settle, settle_machine
 
     check_measurable(settings)
     quiet()
     splits, settings = load_data(settle(settings, say, given_in(vars(arguments), read)), say)
+
+    from ..auto import calibrate
+    from ..calibration_report import describe, draw
+    from ..files import disk_errors
+    from ..head_start import start_head
+    from ..runs import write_json
+
     settings = settle_machine(settings, preset, say)
     classifier = new_classifier(settings, preset, say)
     start_head(classifier, splits["train"], settings, say)

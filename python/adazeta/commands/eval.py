@@ -11,7 +11,7 @@ from ..objective_options import MEASURED
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, SPLITTING, TASK
 from . import check_data, command, say, stay_offline
-from .opened import JOURNAL, NAME, data_settings, opened
+from .opened import JOURNAL, NAME, data_settings, named_task, opened
 
 
 def add(commands) -> None:
@@ -30,9 +30,6 @@ def add(commands) -> None:
 
 def _eval(arguments) -> int:
     check_data(vars(arguments).get("data"))
-    from ..measures import measures_of
-    from ..progress import progress_bar
-
     values = resolve(vars(arguments), EVALUATION)
     data = data_settings(arguments, [*DATA, *SPLITTING, *MEASURED])
     stay_offline(data["data"])
@@ -40,9 +37,14 @@ def _eval(arguments) -> int:
         raise UserError(f"give --data with rows to measure on: the run was trained on {data['data']}")
     if data["data"] == "movies":
         _movie_splits(arguments.split)
-    classifier = opened(arguments)
-    examples, what = _examples(classifier.task, data, arguments.split)
+    task = named_task(arguments)
+    examples, what = _examples(task, data, arguments.split)
     examples = examples[: values["limit"]]
+
+    from ..measures import measures_of
+    from ..progress import progress_bar
+
+    classifier = opened(arguments, task)
     with freed_memory_kept(), progress_bar(len(examples), "eval", "rows") as bar:
         measures = measures_of(data, classifier.task, classifier.tokenizer)
         size, update = values["batch_size"], bar.update

@@ -10,26 +10,33 @@ NAME = "run folder, base model folder, or 'smollm2'"
 JOURNAL = "adapter from a journal; RUN_OR_MODEL then is the base model, or a run on it (default: none)"
 
 
-def opened(arguments):
-    """Open what an eval or predict command names; task flags override the run's own task."""
+def named_task(arguments):
+    """Return the task of what an eval or predict command names; task flags override the run's own."""
     from ..base_models import architecture, model_folder
-    from ..runs import Classifier, card_for, own_task
+    from ..runs import card_for, default_task, own_task
     from ..tasks import choose, to_dict
 
-    quiet()
     flags = vars(arguments)
     named = {name.replace("-", "_") for name in template_settings(flags)}
     given = {option.key for option in TASK if option.key in flags or option.key in named}
-    values = resolve(flags, [*MODEL[1:], *TASK])
-    task = None
-    if given:
-        card, own = card_for(arguments.name, arguments.journal), {}
-        if stored := own_task(card, arguments.journal or arguments.name):
-            own = {"task": stored.kind, **to_dict(stored)}
-        merged = {**values, **{key: value for key, value in own.items() if key not in given}}
-        if merged.get("labels") is None:
-            merged["labels"] = template_settings(flags).get("label-names")
-        task = choose(merged, architecture(model_folder(card["base_model"], say)))
+    card = card_for(arguments.name, arguments.journal)
+    stored = own_task(card, arguments.journal or arguments.name)
+    if not given:
+        return stored or default_task(card["base_model"], say)
+    own = {"task": stored.kind, **to_dict(stored)} if stored else {}
+    merged = {**resolve(flags, TASK), **{key: value for key, value in own.items() if key not in given}}
+    if merged.get("labels") is None:
+        merged["labels"] = template_settings(flags).get("label-names")
+    return choose(merged, architecture(model_folder(card["base_model"], say)))
+
+
+def opened(arguments, task):
+    """Open what an eval or predict command names, for its :func:`named_task`."""
+    from ..runs import Classifier
+
+    quiet()
+    flags = vars(arguments)
+    values = resolve(flags, MODEL[1:])
     if values["threads"]:
         import torch
 

@@ -13,7 +13,7 @@ from ..objective_options import MAX_NEW_TOKENS
 from ..options import EVALUATION, MODEL, add_options, resolve
 from ..options_data import DATA, TASK
 from . import check_data, command, say, stay_offline
-from .opened import JOURNAL, NAME, data_settings, opened
+from .opened import JOURNAL, NAME, data_settings, named_task, opened
 
 
 def add(commands) -> None:
@@ -62,7 +62,7 @@ def _predict(arguments) -> int:
     settings = {"batch_size": size, "max_new_tokens": data["max_new_tokens"], "say": say}
     check_data(given)
     stay_offline(given)
-    classifier = opened(arguments)
+    classifier = opened(arguments, named_task(arguments))
     fields = replace(fields_of(data, classifier.task), label=None, skip=())
     split = arguments.split or "test"
     if arguments.output is not None:

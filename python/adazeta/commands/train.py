@@ -83,8 +83,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     on_all(lambda: check_data(settings["data"], settings["dev_data"]))
     stay_offline(settings["data"], settings["dev_data"])
 
-    from ..auto import as_before
-    from ..demo import closing_table
+    from ..prepare import as_before
     from ..training import Interrupted, train
 
     quiet()
@@ -105,6 +104,8 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
             say(f"stopped; the same command with --output {output} --resume goes on from here")
         return INTERRUPTED
     if first:
+        from ..demo import closing_table
+
         print(closing_table(summary))
         asked = '"a warm, funny, engaging film"' if settings["data"] == "movies" else "--data FILE"
         print(f"\nwritten to {output}; ask it: adazeta predict {output} {asked}")
