@@ -12,6 +12,7 @@ from operator import attrgetter, index
 import torch
 
 from adazeta_kernels.derivatives import carries_tangent
+from adazeta_kernels.dispatch import PlainTensors
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
@@ -30,7 +31,7 @@ def is_tensor(op: str, name: str, value) -> None:
 
 
 def are_tensors(op: str, name: str, values: list) -> None:
-    if not (isinstance(values, dispatch.PlainTensors) or set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}):
+    if not (isinstance(values, PlainTensors) or set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}):
         for position, value in enumerate(values):
             is_tensor(op, f"{name}[{position}]", value)
 
@@ -150,11 +151,11 @@ def writable_list(op: str, params: list[torch.Tensor], start: int) -> list[torch
     return plain
 
 
-def plain_list(params: list[torch.Tensor]) -> dispatch.PlainTensors | None:
+def plain_list(params: list[torch.Tensor]) -> PlainTensors | None:
     """`native.plain_tensors` of a list that may have been looked at before."""
     from adazeta_kernels.backends import native  # not at import, which stays free of the extension
 
-    return params if isinstance(params, dispatch.PlainTensors) else native.plain_tensors(params)
+    return params if isinstance(params, PlainTensors) else native.plain_tensors(params)
 
 
 def index_end(op: str, start: int, numel: int) -> None:
