@@ -27,12 +27,12 @@ def _register(schema: str, impl, fake) -> None:
     torch.library.register_fake(f"adazeta::{name}", fake, lib=_lib)
 
 
-def call(name: str, *args):
+def call(name: str, *args, **permissions: bool):
     """Run an op: through torch's dispatcher where anything there would act on the call, else without that, which costs
-    half of a small call and .2 us per tensor of a list."""
+    half of a small call and .2 us per tensor of a list. `permissions` are for the second way alone."""
     if torch.compiler.is_compiling() or not dispatch.plain(*args):
         return getattr(torch.ops.adazeta, name).default(*args)
-    return _implementations[name](*args)
+    return _implementations[name](*args, **permissions)
 
 
 def _fill_normal_(out, seed, offset, distribution, backend):
@@ -122,14 +122,16 @@ _register(
 )
 
 
-def _tt_adapter(x, factors, layout, act, scale, backend):
+def _tt_adapter(x, factors, layout, act, scale, backend, overwrite=False):
     layout = TTAdapterLayout.decode(layout)
     checks.tt_adapter(x, factors, layout, act, scale)
     checks.in_memory("tt_adapter", x=x, factors=factors)
     sizes = {"cores": layout.max_cores, "rank": layout.max_bond, "bottleneck": layout.bottleneck}
     sizes["tokens"] = dispatch.rounded(x.shape[:2].numel())
     run = dispatch.select("tt_adapter", backend, x.device, x.dtype, **sizes)
-    return run(x, factors, layout, act, scale)
+    if overwrite and not x.is_inference():
+        increment_version(x)
+    return run(x, factors, layout, act, scale, overwrite)
 
 
 def _tt_adapter_fake(x, factors, layout, act, scale, backend):

@@ -195,14 +195,15 @@ def tt_adapter(
     layout: TTAdapterLayout,
     act: str,
     scale: float,
+    overwrite: bool = False,
     *,
     level: str = "auto",
 ) -> torch.Tensor:
-    """`x + scale * up(act(down(x)))`; see ops.tt_adapter."""
+    """`x + scale * up(act(down(x)))`; see ops.tt_adapter. On a GPU x is never overwritten."""
     if x.is_cuda:
         return native_cuda.tt_adapter(x, factors, layout, act, scale)
     x, factors = x.contiguous(), _dense_rows(factors)
-    y = torch.empty_like(x)
+    y = x if overwrite else torch.empty_like(x)
     _native.tt_adapter(
         x.data_ptr(),
         y.data_ptr(),

@@ -156,6 +156,16 @@ def test_threads_do_not_change_a_bit(level, tokens, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(40, 1), (5, 3), (5, 90), (1, 700)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_a_result_in_the_memory_of_x_has_the_same_bits(level, shape, dtype):
+    layout = LAYOUTS["576-64-r5"]
+    x, factors = adapter_inputs(layout, *shape, dtype)
+    apart = native.tt_adapter(x, factors, layout, "gelu", 0.5, level=level)
+    together = native.tt_adapter(x, factors, layout, "gelu", 0.5, overwrite=True, level=level)
+    assert together is x and torch.equal(together, apart)
+
+
 @pytest.mark.parametrize("tokens", [20, 3])
 def test_a_token_is_the_same_anywhere_in_its_tile(level, tokens):
     layout = LAYOUTS["576-64-r5"]

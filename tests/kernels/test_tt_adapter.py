@@ -185,6 +185,35 @@ def test_allocates_the_result_and_little_else(dtype, backend):
     assert peak <= y_bytes + 2 * small + (0 if dtype == torch.float32 else 2 * blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_overwriting_is_a_permission(mode, dtype):
+    with mode():
+        x, theta, seeds, scales = make(LAYOUT, 3, 13, dtype)
+        factors, before = tt_factors(theta, LAYOUT, seeds, scales), x.clone()
+        expected = tt_adapter(x, factors, LAYOUT)
+        y = tt_adapter(x, factors, LAYOUT, overwrite=True, backend="reference")
+        assert torch.equal(y, tt_adapter(x, factors, LAYOUT, backend="reference")) and torch.equal(x, before)
+        y = tt_adapter(x, factors, LAYOUT, overwrite=True)
+        assert torch.equal(y, expected)
+        assert (y.data_ptr() == x.data_ptr()) == (dtype != torch.float64)  # which has no native kernel
+        strided = before.expand(2, *before.shape)[0].transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(tt_adapter(strided, factors, LAYOUT, overwrite=True), expected)
+        assert torch.equal(strided, before)
+
+
+def test_overwriting_is_seen_by_autograd():
+    x, theta, seeds, scales = make(LAYOUT, 2, 5)
+    factors = tt_factors(theta, LAYOUT, seeds, scales)
+    weight = torch.ones(LAYOUT.width, requires_grad=True)
+    loss = (x * weight).sum()
+    tt_adapter(x, factors, LAYOUT, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    y = tt_adapter((moving := torch.randn_like(x).requires_grad_()), factors, LAYOUT, overwrite=True)
+    assert y.data_ptr() != moving.data_ptr() and y.requires_grad
+
+
 def walk(events):
     """Profiler events in order of time."""
     out, stack = [], list(events)

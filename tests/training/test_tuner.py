@@ -188,6 +188,44 @@ def test_generation_with_and_without_cache_is_the_dense_models(cache):
     assert torch.equal(model.generate(input_ids=ids, **settings), dense.generate(input_ids=ids, **settings))
 
 
+WATCHERS = ["nobody", "a hook", "a hook on everything", "a forward of its own", "another kind of layer"]
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_outputs_of_base_layers_are_overwritten_where_nobody_else_has_them(watcher, monkeypatch):
+    model, batch = tiny_adapted(noise=0.2), lm_batch()
+    expected = logits(model, batch)
+    _, layer = model.base_model.tt_layers("default")[0]
+    base, outputs, results = layer.base_layer, [], []
+    handles = [layer.register_forward_hook(lambda module, args, output: results.append(output))]
+    if watcher == "a hook":
+        handles.append(base.register_forward_hook(lambda module, args, output: outputs.append(output)))
+    elif watcher == "a hook on everything":
+        everywhere = torch.nn.modules.module.register_module_forward_hook
+        handles.append(everywhere(lambda module, args, output: outputs.append(output) if module is base else None))
+    elif watcher == "another kind of layer":
+        base.__class__ = type("Remembering", (torch.nn.Linear,), {"forward": remembering(outputs)})
+    elif watcher == "a forward of its own":
+        base.forward = remembering(outputs).__get__(base)
+    else:
+        monkeypatch.setattr(torch.nn.Linear, "forward", remembering(outputs))
+    assert torch.equal(logits(model, batch), expected)
+    for handle in handles:
+        handle.remove()
+    if watcher == "nobody":  # it does not know of a changed class
+        assert any(y.data_ptr() == results[0].data_ptr() for y in outputs)
+    else:
+        assert results[0].data_ptr() != outputs[0].data_ptr() and not torch.equal(results[0], outputs[0])
+
+
+def remembering(outputs):
+    def forward(self, x):
+        outputs.append(torch.nn.functional.linear(x, self.weight, self.bias))
+        return outputs[-1]
+
+    return forward
+
+
 def test_generation_at_probes_with_cache():
     """Two probes of the same prompt in one batch generate what each generates alone."""
     model = tiny_adapted(noise=0.2)

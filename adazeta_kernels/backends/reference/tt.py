@@ -92,8 +92,8 @@ def _chain(cores):
 
 
 @_without_autocast
-def tt_adapter(x, factors, layout, act, scale):
-    """`x + scale * up(act(down(x)))`, see ops.tt_adapter."""
+def tt_adapter(x, factors, layout, act, scale, overwrite=False):
+    """`x + scale * up(act(down(x)))`, see ops.tt_adapter; x is never overwritten."""
     if x.dtype == (wide := _dtype_of_products(x)):
         return apply_adapter(x, factors, layout, act, scale)
     return _in_blocks(lambda xw, _, f: apply_adapter(xw, f, layout, act, scale), wide, x, None, x.shape[2], factors)

@@ -148,11 +148,12 @@ def tt_adapter(
     layout: TTAdapterLayout,
     act: str,
     scale: float,
+    overwrite: bool = False,
     *,
     configuration: launch.Configuration | None = None,
     shares: int | None = None,
 ) -> torch.Tensor:
-    """`x + scale * up(act(down(x)))`; see ops.tt_adapter.
+    """`x + scale * up(act(down(x)))`; see ops.tt_adapter. x is never overwritten.
 
     `configuration` forces one, `shares` how many programs split the width of a tile.
     """

@@ -3,15 +3,20 @@
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adazeta_kernels import TTAdapterLayout, tt_adapter, tt_factors
 
 from ..factors import FactorGroups
+from ..frozen import MixedLinear, PackedLinear
 from ..probe_tokens import ProbeTokens
 from ..probes import Probes
 
 # One probe of scale 0.
 _AT_THETA = (torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+
+# They make a new output in every call and keep nothing of it.
+_FORGETFUL = (nn.Linear, MixedLinear, PackedLinear, Conv1D)
 
 
 class TTLayer(nn.Module, BaseTunerLayer):
@@ -66,14 +71,22 @@ class TTLayer(nn.Module, BaseTunerLayer):
             if self.placement[name] == "pre":
                 args = (self._adapt(args[0], name), *args[1:])
         out = self.base_layer(*args, **kwargs)
+        overwrite = self._output_is_ours()
         for name in active:
             if self.placement[name] == "post":
-                out = (self._adapt(out[0], name), *out[1:]) if isinstance(out, tuple) else self._adapt(out, name)
+                adapted = self._adapt(out[0] if isinstance(out, tuple) else out, name, overwrite)
+                out = (adapted, *out[1:]) if isinstance(out, tuple) else adapted
         return out
 
-    def _adapt(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _output_is_ours(self) -> bool:
+        """Whether nobody else can hold the base layer's output, so that it may be overwritten."""
+        base, everywhere = self.base_layer, getattr(nn.modules.module, "_global_forward_hooks", ())
+        watched = base._forward_hooks or everywhere or "forward" in vars(base) or torch.is_grad_enabled()
+        return type(base) in _FORGETFUL and not watched
+
+    def _adapt(self, x: torch.Tensor, name: str, overwrite: bool = False) -> torch.Tensor:
         if self.positions[name] == "all":
-            return self._adapt_rows(x, name)
+            return self._adapt_rows(x, name, overwrite)
         if x.ndim != 3:  # OPT flattens rows and tokens before its MLP
             raise ValueError(
                 f"an adapter with positions='last' needs rows and tokens apart, [rows, tokens, width], got "
@@ -89,7 +102,7 @@ class TTLayer(nn.Module, BaseTunerLayer):
         y = self._adapt_rows(x[rows, self.focus].unsqueeze(1), name)
         return x.index_put((rows, self.focus), y.squeeze(1))
 
-    def _adapt_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _adapt_rows(self, x: torch.Tensor, name: str, overwrite: bool = False) -> torch.Tensor:
         """Apply the adapter to every token of ``x``, dimension 0 probe-major where probes are active."""
         layout = self.layout[name]
         probes = self.probes if self.probes is not None and self.probes.adapter == name else None
@@ -104,8 +117,8 @@ class TTLayer(nn.Module, BaseTunerLayer):
         else:
             factors = self.factor_groups.of(self)
         factors = factors.to(x.device)  # theta is in one place; `device_map` may have put blocks in several
-        y = tt_adapter(x.reshape(count, -1, x.shape[-1]), factors, layout, act=self.act[name], scale=self.scale[name])
-        return y.reshape(x.shape)
+        rows, settings = x.reshape(count, -1, x.shape[-1]), {"act": self.act[name], "scale": self.scale[name]}
+        return tt_adapter(rows, factors, layout, overwrite=overwrite, **settings).reshape(x.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names=None) -> None:
         raise ValueError("a TT adapter has a non-linearity and cannot be merged into the base weights")
