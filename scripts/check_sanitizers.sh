@@ -43,4 +43,5 @@ tests=(test_checks test_fill_normal test_low_rank_linear test_native_tt test_per
   test_tt_linear)
 files=("${tests[@]/#/$root/tests/kernels/}")
 # Gradients come from the reference, in Python.
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${files[@]/%/.py}" -k "not gradient" "$@"
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${files[@]/%/.py}" \
+  -k "not gradient" "$@"
