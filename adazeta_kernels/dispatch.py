@@ -166,7 +166,7 @@ def select(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     name = requested(backend)
     if _explaining.get():
         raise _Explained(_explanation(op, name, device, dtype, sizes))
-    key = (op, name, device.type, dtype, *sizes.values())
+    key = (op, name, device, dtype, *sizes.values())
     if key not in _choices:
         _choices[key] = _choose(op, name, device, dtype, sizes)
     return _choices[key]
@@ -273,7 +273,7 @@ def _why_not(name, op, device, dtype, sizes) -> str | None:
     module, reason = _load(name)
     if reason:
         return reason
-    return module.supports(op, device=device.type, dtype=dtype, **sizes)
+    return module.supports(op, device=device.type, index=device.index, dtype=dtype, **sizes)
 
 
 @cache

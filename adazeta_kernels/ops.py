@@ -47,8 +47,8 @@ def fill_normal_(
 
     Raises:
         TypeError: `out` is not a floating tensor of a dtype above, `seed` or `offset` is no integer.
-        ValueError: `out` is not contiguous or requires grad in grad mode, `seed` or `offset` is out of range, an
-            unknown distribution or backend.
+        ValueError: `out` is not contiguous, is a negated view, requires grad in grad mode or carries a tangent, `seed`
+            or `offset` is out of range, an unknown distribution or backend.
 
     Numerics:
         float32 bits are the specification's on every backend; bfloat16 and float16 are those rounded once, to nearest
@@ -92,9 +92,9 @@ def perturb_(
 
     Raises:
         TypeError: `params` is no list of tensors of a dtype above; seeds, scales, offset or decay of a wrong type.
-        ValueError: an empty list; a tensor that is not contiguous, was freed, shares memory, lies on another device, or
-            requires grad in grad mode; as many seeds as scales are not given; a seed or offset out of range; a scale or
-            decay that is not finite; an unknown distribution.
+        ValueError: an empty list; a tensor that is not contiguous, was freed, shares memory, is a negated view, lies on
+            another device, requires grad in grad mode, or carries a tangent; as many seeds as scales are not given; a
+            seed or offset out of range; a scale or decay that is not finite; an unknown distribution.
 
     Numerics:
         The sum is a chain of fused multiply-adds in float32, in the order of the list, rounded once to the dtype.

@@ -170,6 +170,7 @@ PYBIND11_MODULE(_native, m) {
     return count;
   });
 #if defined(ADAZETA_WITH_CUDA)
+  m.def("cuda_lowest_capability", &cuda_lowest_capability);
   // Device addresses; `where` is (index of the device, address of the stream). Seeds and scales are host addresses.
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("cuda_fill_normal", &cuda::fill_normal, released, py::arg("out"), py::arg("numel"), py::arg("dtype"),

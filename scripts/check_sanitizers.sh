@@ -21,7 +21,8 @@ cp -r adazeta_kernels "$work/"
 rm -f "$work"/adazeta_kernels/*.so
 cmake -S . -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DADAZETA_SANITIZE=ON -DADAZETA_BUILD_CUDA=0 \
   "-DADAZETA_OUTPUT_DIR=$work/adazeta_kernels" "-DPython_EXECUTABLE=$(command -v "$python")" \
-  "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" > "$work/configure.log" || { cat "$work/configure.log" >&2; exit 1; }
+  "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" > "$work/configure.log" ||
+  { cat "$work/configure.log" >&2; exit 1; }
 cmake --build "$work/build" > "$work/build.log" || { cat "$work/build.log" >&2; exit 1; }
 
 export PYTHONPATH=$work:$PWD/python  # before what .venv holds
@@ -43,4 +44,5 @@ tests=(test_checks test_fill_normal test_low_rank_linear test_native_tt test_per
   test_tt_linear)
 files=("${tests[@]/#/$root/tests/kernels/}")
 # Gradients come from the reference, in Python.
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${files[@]/%/.py}" -k "not gradient" "$@"
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "${files[@]/%/.py}" \
+  -k "not gradient" "$@"

@@ -1,5 +1,5 @@
-"""One module (or folder) per backend. Each has `unavailable()` and `supports(op, device=, dtype=)`, both giving None or
-the reason why not, and functions named as the ops they implement, called with validated arguments only.
+"""One module (or folder) per backend. Each has `unavailable()` and `supports(op, device=, index=, dtype=)`, both giving
+None or the reason why not, and functions named as the ops they implement, called with validated arguments only.
 
 `adazeta_kernels.backends` is both this package and the public call `adazeta_kernels.backends()`: importing a subpackage
 binds its name on the parent, so a function of that name would be lost on the first import of a backend.

@@ -38,17 +38,26 @@ def unavailable() -> str | None:
 
 
 def supports(
-    op: str, *, device: str, dtype: torch.dtype, cores: int = 0, rank: int = 1, bottleneck: int = 0, **sizes: int
+    op: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    index: int | None = None,
+    cores: int = 0,
+    rank: int = 1,
+    bottleneck: int = 0,
+    **sizes: int,
 ) -> str | None:
     """None, or why the native kernels do not run `op` on such tensors.
 
     Args:
+        index: which of the devices; None is the current one.
         cores: the most cores of a map.
         rank: the largest bond between L and R.
         bottleneck: width between the two maps.
     """
     if device == "cuda":
-        if reason := native_cuda.unavailable():
+        if reason := native_cuda.unavailable() or native_cuda.too_old(index):
             return f"CUDA: {reason}"
     elif device != "cpu":
         return f"native kernels run on the CPU and on CUDA, not on {device}"

@@ -29,6 +29,16 @@ def unavailable() -> str | None:
     return None if count else "the driver offers no CUDA device"
 
 
+def too_old(index: int | None) -> str | None:
+    """None, or why the kernels do not run on the device of that index, or on the current one."""
+    major, minor = torch.cuda.get_device_capability(index)
+    lowest = _native.cuda_lowest_capability()
+    if 10 * major + minor < lowest:
+        built = f"{lowest // 10}.{lowest % 10}"
+        return f"the device has compute capability {major}.{minor}, the kernels are built for {built} and above"
+    return None
+
+
 def _where(tensor: torch.Tensor) -> tuple[int, int]:
     """Index of the device and address of its current stream."""
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,4 +1,5 @@
-// Whether CUDA was built in, and how many devices the driver offers. No CUDA header is needed to include this.
+// Whether CUDA was built in and for which devices, and how many the driver offers. No CUDA header is needed to include
+// this.
 #pragma once
 
 namespace adazeta {
@@ -7,6 +8,8 @@ namespace adazeta {
 constexpr bool kCudaBuilt = true;
 // Stores the number of devices; returns null, or the driver's reason why there are none.
 const char* cuda_device_count(int* count);
+// The lowest compute capability that the kernels run on, as 80 for 8.0; 0 where the compiler does not tell.
+int cuda_lowest_capability();
 #else
 constexpr bool kCudaBuilt = false;
 inline const char* cuda_device_count(int*) {

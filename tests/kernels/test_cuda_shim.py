@@ -140,6 +140,10 @@ def test_a_named_cause_where_no_device_can_be_used(monkeypatch, module):
     assert native.supports("perturb_", device="cpu", dtype=torch.float32) is None
 
 
+def test_the_lowest_capability_is_what_was_compiled_for(module):
+    assert module.cuda_lowest_capability() == 80
+
+
 def test_errors_become_exceptions(module):
     out = torch.zeros(4)
     call = {"out": out.data_ptr(), "numel": 4, "dtype": 0, "seed": 1, "offset": 0, "distribution": 0}

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adazeta_kernels as kernels
 from adazeta_kernels import TTAdapterLayout, dispatch
-from adazeta_kernels.backends import reference
+from adazeta_kernels.backends import native_cuda, reference
 
 
 class Absent:
@@ -230,6 +231,24 @@ def test_the_order_depends_on_the_class_of_shapes(native, monkeypatch):
         dispatch._explanation("tt_linear", "auto", torch.device("cpu"), torch.float32, {}).order is dispatch.CPU_ORDER
     )
     assert dispatch._explanation("tt_linear", "triton", gpu, torch.float32, {}).backend == "triton"
+
+
+def test_each_gpu_is_asked_for_its_compute_capability(native, monkeypatch, caplog):
+    """The second GPU is older than what the kernels are built for."""
+    module = SimpleNamespace(cuda_device_count=lambda: 2, cuda_lowest_capability=lambda: 80)
+    monkeypatch.setattr(native_cuda, "_native", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (7, 5)][index])
+    native(kernels.backends.native)
+    new, old = torch.device("cuda", 0), torch.device("cuda", 1)
+    with caplog.at_level(logging.INFO, logger="adazeta_kernels"):
+        assert dispatch.select("fill_normal_", None, new, torch.float32) is kernels.backends.native.fill_normal_
+        assert not caplog.records
+        assert dispatch.select("fill_normal_", None, old, torch.float32) is reference.fill_normal_
+    reason = "CUDA: the device has compute capability 7.5, the kernels are built for 8.0 and above"
+    assert f"backend native cannot run fill_normal_: {reason}" in caplog.text
+    assert dispatch.select("fill_normal_", "native", new, torch.float32) is kernels.backends.native.fill_normal_
+    with pytest.raises(RuntimeError, match=f"backend 'native' cannot run fill_normal_ .*: {reason}"):
+        dispatch.select("fill_normal_", "native", old, torch.float32)
 
 
 def test_sizes_are_rounded_to_powers_of_two():

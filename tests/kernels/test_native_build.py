@@ -37,7 +37,7 @@ def test_exports_nothing_but_the_module_init():
 
 @needs_binutils
 def test_links_to_neither_torch_nor_cuda():
-    linked = output("ldd", MODULE)
+    linked = re.sub(r"\(0x\w+\)", "", output("ldd", MODULE))  # addresses: by chance one has the digits c10
     for word in ("torch", "c10", "cudart", "libcuda", "libpython"):
         assert word not in linked, linked
     wanted = output("nm", "-D", "--undefined-only", MODULE)

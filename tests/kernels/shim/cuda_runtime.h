@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 
+#define __CUDA_ARCH_LIST__ 800, 900
 #define __global__ static
 #define __device__
 #define __host__
