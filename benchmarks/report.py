@@ -5,7 +5,8 @@
 By default of the newest result under benchmarks/results, into docs/performance.md. Of several results all cases are
 taken together; of a case that is in more than one, the last.
 What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine and those of `COLUMNS`;
-everything else on the page is written by hand. Whole steps also make a plot, `images/step-cost.png` beside the page.
+everything else on the page is written by hand; a table is replaced whole. Whole steps also make a plot beside the page,
+`images/step-cost.png` (for a page `performance-NAME.md` `images/step-cost-NAME.png`).
 """
 
 import argparse
@@ -133,7 +134,7 @@ def machine(results):
     busy = any(info["load_average"] >= info["threads"] + 0.5 for info in infos)
     note = " **Other programs were running: take times as upper bounds, and ratios as rough.**" if busy else ""
     return (
-        f"{about['cpu']['brand_raw']}, {about['cpu']['count']} cores, {infos[0]['levels'][0]} kernels; torch "
+        f"{about['cpu']['brand_raw']} (family {about['cpu'].get('family')}), {about['cpu']['count']} cores, {infos[0]['levels'][0]} kernels; torch "
         f"{infos[0]['torch']}, Python {about['python_version']}; commit {', '.join(dict.fromkeys(commits))}; "
         f"{results[-1]['datetime'][:16]} UTC; load average {min(loads):.1f} to {max(loads):.1f}.{note}"
     )
@@ -179,7 +180,7 @@ def main():
     target.write_text(page)
     steps = [benchmark["extra_info"] for benchmark in every if op_of(benchmark).startswith("step")]
     if steps:
-        draw_step_cost(steps, target.parent / "images" / "step-cost.png")
+        draw_step_cost(steps, target.parent / "images" / f"{target.stem.replace('performance', 'step-cost')}.png")
 
 
 if __name__ == "__main__":
