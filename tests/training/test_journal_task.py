@@ -7,7 +7,7 @@ import torch
 from tiny_run import write_data, write_model
 
 from adazeta import cli
-from adazeta.commands.opened import opened
+from adazeta.commands.opened import named_task, opened
 from adazeta.runs import Classifier
 from adazeta.tasks import LabelWordTask
 
@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("flags, changed", [((), {}), (("--max-tokens", "50"), {"max_tokens": 50})])
 def test_flags_change_what_they_name(folder, name, flags, changed):
     command = ["eval", str(folder / name), "--journal", str(folder / "run"), *flags]
-    classifier = opened(cli.build_parser().parse_args(command))
+    arguments = cli.build_parser().parse_args(command)
+    classifier = opened(arguments, named_task(arguments))
     assert classifier.task == replace(OWN, **changed)
     assert {p.dtype for n, p in classifier.model.named_parameters() if "tt_theta" not in n} == {torch.bfloat16}
 
