@@ -133,8 +133,9 @@ def machine(results):
     # The benchmark itself is a load of as many as it has threads.
     busy = any(info["load_average"] >= info["threads"] + 0.5 for info in infos)
     note = " **Other programs were running: take times as upper bounds, and ratios as rough.**" if busy else ""
+    cpu = f"{about['cpu']['brand_raw']} (family {about['cpu'].get('family')}), {about['cpu']['count']} cores"
     return (
-        f"{about['cpu']['brand_raw']} (family {about['cpu'].get('family')}), {about['cpu']['count']} cores, {infos[0]['levels'][0]} kernels; torch "
+        f"{cpu}, {infos[0]['levels'][0]} kernels; torch "
         f"{infos[0]['torch']}, Python {about['python_version']}; commit {', '.join(dict.fromkeys(commits))}; "
         f"{results[-1]['datetime'][:16]} UTC; load average {min(loads):.1f} to {max(loads):.1f}.{note}"
     )

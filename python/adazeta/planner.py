@@ -18,8 +18,10 @@ log = logging.getLogger("adazeta")
 #: bfloat16 layers get no cheaper above 256 tokens; those of float32 ones do, by a tenth.
 TOKENS_PER_FORWARD = {"cpu": 256, "cpu mixed": 256, "cpu float32": 768, "default": 65536}
 #: Tokens beyond which a forward of one probe costs more than its parts, for activations then leave the cache: those
-#: between mixed layers are float32 (docs/performance.md).
-MOST_TOKENS = {"cpu": 512, "cpu mixed": 256, "cpu float32": 1536, "default": 131072}
+#: between mixed layers are float32. Products that take a matrix unit wait for memory soonest (docs/performance.md).
+MOST_TOKENS = {"cpu": 1024, "cpu mixed": 1024, "cpu float32": 1536, "default": 131072}
+if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
+    MOST_TOKENS |= {"cpu": 512, "cpu mixed": 256}
 
 #: Copies of a last token, in prompts, that no forward is cut below for its number of tokens: prompts, which every part
 #: repeats, are then a ninth of it at most.
