@@ -89,6 +89,7 @@ def plan_memory(
         "cache": at_once * cache_bytes(adapted, tokens, generated) if generated else 0,
     }
     # Asked last, when the libraries that a run uses have been loaded; nothing of the model was.
+    _load_products({stored, torch.float32, torch.bfloat16 if dtype == "mixed" else stored})
     found["libraries"] = resident_bytes() or 0
     return {**found, "peak": sum(found.values()), "probes": probes, "rows": min(rows, at_once)}
 
@@ -111,6 +112,17 @@ def describe_plan(name: str, **settings) -> str:
             ("peak of training", mib("peak")),
         ]
     )
+
+
+def _load_products(dtypes) -> None:
+    """Let the libraries load and set up what a first forward uses of them: tens of MiB."""
+    import torch
+    from torch.nn import functional as F
+
+    with torch.no_grad():
+        for dtype in dtypes:
+            x = torch.ones(1, 1, 512, 512, dtype=dtype)
+            F.scaled_dot_product_attention(F.linear(x[0, 0], x[0, 0])[None, None], x, x)
 
 
 def _bytes_of(model) -> int:

@@ -223,7 +223,8 @@ def test_a_probe_that_does_not_fit_passes_in_parts(caplog):
     assert caplog.text.count("out of memory") == 2  # once for each planner
 
 
-def test_parts_are_equal():
+def test_parts_are_equal(monkeypatch):
+    monkeypatch.setitem(MOST_TOKENS, "cpu", 512)
     planner = Planner()
     assert planner.rows_at_once(16, 64) == 16
     planner.rows_apart = True
@@ -232,12 +233,14 @@ def test_parts_are_equal():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mixed", "rows"), [("float32", False, 24), ("float32", True, 4), ("bfloat16", False, 8)]
+    ("dtype", "mixed", "kind"),
+    [("float32", False, "cpu float32"), ("float32", True, "cpu mixed"), ("bfloat16", False, "cpu")],
 )
-def test_how_many_rows_a_cpu_takes_at_once(dtype, mixed, rows):
+def test_how_many_rows_a_cpu_takes_at_once(dtype, mixed, kind, monkeypatch):
     model = tiny_llama().to(getattr(torch, dtype)).requires_grad_(False)
     if mixed:
         mix(model)
     planner = Planner(model)
     planner.rows_apart = True
-    assert planner.rows_at_once(24, 64) == rows
+    monkeypatch.setitem(MOST_TOKENS, kind, 256)  # those of this machine may be any
+    assert planner.rows_at_once(24, 64) == 4
