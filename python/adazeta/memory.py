@@ -102,13 +102,19 @@ def freed_memory_kept() -> Iterator[None]:
     """Let glibc's allocator keep what is freed, inside the ``with`` statement; it is given back at the end.
 
     Otherwise the memory of every activation goes back to the system when it is freed, and comes again page by page: 18
-    faults a token in OPT-125M. Other allocators are left alone.
+    faults a token in OPT-125M. Other allocators are left alone. Inside another one it changes nothing.
     """
+    global _kept
+    if _kept:
+        yield
+        return
+    _kept = True
     _mallopt(_M_MMAP_MAX, 0)  # a threshold would end at 32 MiB
     _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:  # what they are at the start of a process
+        _kept = False
         _mallopt(_M_TRIM_THRESHOLD, 128 << 10)
         _mallopt(_M_MMAP_THRESHOLD, 128 << 10)
         _mallopt(_M_MMAP_MAX, 65536)
@@ -116,6 +122,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_kept = False  # by a `freed_memory_kept` around
 
 
 def _mallopt(parameter: int, value: int) -> None:

@@ -15,6 +15,7 @@ from .digests import crc_of, sha256_of
 from .errors import JournalError, UserError
 from .in_place import Drift
 from .journal import NAME, initial_path, read
+from .memory import freed_memory_kept
 from .others import DTYPES
 from .tuner.init import initial_theta
 from .update import Step, Trainable, apply_step, step_scales
@@ -249,7 +250,8 @@ def replay(
     state = initial_values(header, path, device)
     drift = Drift.of(header)
     kept = effective(steps[:at])
-    apply_steps(state.trainable, kept, header["run_seed"], header["distribution"], drift=drift, backend=backend)
+    with freed_memory_kept():  # a step with momentum makes and frees as much as the numbers take
+        apply_steps(state.trainable, kept, header["run_seed"], header["distribution"], drift=drift, backend=backend)
     if at < len(steps) and drift is None:
         check_digest(state.trainable, steps[at])
     state.step = at
