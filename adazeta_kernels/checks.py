@@ -12,7 +12,7 @@ from operator import attrgetter, index
 import torch
 
 from adazeta_kernels.derivatives import carries_tangent
-from adazeta_kernels.dispatch import PlainTensors
+from adazeta_kernels.dispatch import PlainTensors, of_known_classes
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
@@ -31,7 +31,7 @@ def is_tensor(op: str, name: str, value) -> None:
 
 
 def are_tensors(op: str, name: str, values: list) -> None:
-    if not (isinstance(values, PlainTensors) or set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}):
+    if not of_known_classes(values):
         for position, value in enumerate(values):
             is_tensor(op, f"{name}[{position}]", value)
 

@@ -193,6 +193,11 @@ class PlainTensors(list):
         self.native = native
 
 
+def of_known_classes(values: list) -> bool:
+    """Whether each value is a tensor or a parameter, and of no class of its own. C++ has asked that of plain ones."""
+    return isinstance(values, PlainTensors) or set(map(type, values)) <= _CLASSES
+
+
 def plain(tensors, *args) -> bool:
     """Whether torch's dispatcher would do no more with a call than to pass it on.
 
@@ -206,10 +211,9 @@ def plain(tensors, *args) -> bool:
     if _DEPTHS is None or any(depth() for depth in _DEPTHS) or torch.jit.is_tracing():
         return False
     if isinstance(tensors, list):
-        known = isinstance(tensors, PlainTensors) or set(map(type, tensors)) <= _CLASSES
-        return known and not tensors[0].is_meta
+        return of_known_classes(tensors) and not tensors[0].is_meta
     among = [tensors, *(arg for arg in args if isinstance(arg, torch.Tensor))]
-    return set(map(type, among)) <= _CLASSES and not any(t.is_meta or t.is_neg() for t in among)
+    return of_known_classes(among) and not any(t.is_meta or t.is_neg() for t in among)
 
 
 def differentiable(op: str, backend: str | None) -> Callable:
