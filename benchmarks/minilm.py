@@ -2,10 +2,10 @@
 
     python benchmarks/minilm.py --output benchmarks/results/minilm/fitted-head-layer-5.json
 
-2,000 sentences to train on, 1,000 to test. A classification head on the mean of the hidden states and the adapters of
---layers train, the head from the logistic regression on the frozen model's features (``--head-start``); eps and lr of
-the zeroth-order run are measured (``adazeta calibrate``). AdamW gets as many passes over the data as --epochs says, in
-batches of the same size. Both begin with the same numbers.
+2,000 sentences to train on, 1,000 to test. A classification head on a mean of the hidden states (--pooling) and the
+adapters of --layers train, the head from the logistic regression on the frozen model's features (``--head-start``);
+eps and lr of the zeroth-order run are measured (``adazeta calibrate``), or given. AdamW gets as many passes over the
+data as --epochs says, in batches of the same size. Both begin with the same numbers.
 """
 
 import argparse
@@ -53,12 +53,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes of AdamW over the data (default: 3)")
     parser.add_argument("--adamw-lr", type=float, default=0.01, help="learning rate of AdamW (default: 0.01)")
     parser.add_argument("--layers", default="5", help="blocks with adapters (default: 5, the last)")
+    parser.add_argument("--pooling", default="mean", choices=("mean", "attention"), help="(default: mean)")
+    parser.add_argument("--act", default="identity", help="activation of the adapters (default: identity)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sentences of a step (default: 16)")
+    parser.add_argument("--eps", type=float, help="instead of the calibrated one")
+    parser.add_argument("--lr", type=float, help="instead of the calibrated one")
     parser.add_argument("--head-start", default="fitted", choices=("fitted", "random"), help="(default: fitted)")
     parser.add_argument("--train", type=int, default=2000, help="training sentences (default: 2000)")
     parser.add_argument("--test", type=int, default=1000, help="held-out sentences (default: 1000)")
     arguments = parser.parse_args()
     flags = {**COMMON, **HEAD, "dtype": "float32", "steps": arguments.steps, "queries": arguments.queries}
-    flags |= {"layers": arguments.layers, "head_start": arguments.head_start}
+    names = ("layers", "head_start", "pooling", "act", "batch_size")
+    flags |= {name: getattr(arguments, name) for name in names}
     bench = Bench(resolve(flags, TRAIN, preset=PRESET), arguments.train, arguments.test)
     result = {"settings": flags, "train": len(bench.train), "test": len(bench.test), "numbers": bench.numbers}
     result |= {"machine": machine(), "random_head": bench.evaluate()}
@@ -67,7 +73,7 @@ def main() -> None:
     result["before"] = bench.evaluate()
     found = calibrate(bench.classifier, bench.examples, {**bench.settings, "eps": "auto", "lr": "auto"}, PRESET)
     result["calibration"] = found.to_dict()
-    result["zeroth_order"] = bench.fit(found.eps, found.lr)
+    result["zeroth_order"] = bench.fit(arguments.eps or found.eps, arguments.lr or found.lr)
     result["adamw"] = adamw(bench, arguments.adamw_lr, arguments.epochs)
     result["gap_points"] = 100 * (result["adamw"]["accuracy"] - result["zeroth_order"]["accuracy"])
     lines = [("", "accuracy", "loss", "rows", "CPU seconds")]

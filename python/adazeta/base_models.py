@@ -152,7 +152,7 @@ def load_base(
 
     from adazeta.devices import chosen_device
     from adazeta.frozen import mix
-    from adazeta.heads import MeanPooled, head_modules, pooler_name
+    from adazeta.heads import Pooled, head_modules, pooler_name
     from adazeta.quantized import all_finite, quantization_config
 
     folder, place = model_folder(name, say), chosen_device(device)
@@ -173,9 +173,10 @@ def load_base(
     with told_in_one_line(f"{name} cannot be loaded {wanted}"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            if with_head and task.pooling == "mean":
+            if with_head and task.pooling != "own":
                 encoder, found = AutoModel.from_pretrained(folder, **keywords)
-                model, begin = MeanPooled(encoder, len(task.labels)), ["pooler"]  # which nothing reads
+                model = Pooled(encoder, len(task.labels), attention=task.pooling == "attention")
+                begin = ["pooler"]  # which nothing reads
             elif with_head:
                 labels = dict(enumerate(task.labels))
                 keywords |= {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}

@@ -204,13 +204,14 @@ def _write_low_rank(folder: Path, classifier: Classifier, factors: list[Factors]
 
 
 def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], to: str, dtype: str, say) -> None:
-    from .heads import MeanPooled
+    from .heads import Pooled
     from .progress import progress_bar
 
     model = classifier.model
-    if isinstance(model.get_base_model(), MeanPooled):
+    if isinstance(model.get_base_model(), Pooled):
         raise UserError(
-            "a head on the mean of the hidden states (--pooling mean) is no model of transformers: use --to low-rank"
+            "a head on a mean of the hidden states (--pooling mean, attention) is no model of transformers: use --to "
+            "low-rank"
         )
     layers = dict(model.base_model.tt_layers("default"))
     updates = {}

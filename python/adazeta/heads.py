@@ -1,22 +1,32 @@
-"""Classification heads: which modules of a model they are, and one of our own on the mean of the hidden states."""
+"""Classification heads: which modules of a model they are, and one of our own on a mean of the hidden states."""
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class MeanPooled(nn.Module):
-    """A linear layer on the mean of an encoder's hidden states at real tokens: ``logits = W mean_t(h_t) + b``.
+class Pooled(nn.Module):
+    """A linear layer on a mean of an encoder's hidden states at real tokens: ``logits = W sum_t w_t h_t + b``.
+
+    With ``attention``, ``w = softmax_t(a . h_t)`` over a row's real tokens, where ``a`` trains and begins at 0: as the
+    plain mean, ``w_t = 1 / tokens``, which it is without.
 
     Args:
         encoder: a transformers model without a head.
         classes: number of classes.
+        attention: whether the weights of the tokens train: ``hidden_size`` numbers more.
+
+    Source: Lin et al. (2017), *A Structured Self-attentive Sentence Embedding* (arXiv 1703.03130), section 2, with one
+    row of attention and scores that are linear in ``h``.
     """
 
-    def __init__(self, encoder: nn.Module, classes: int):
+    def __init__(self, encoder: nn.Module, classes: int, attention: bool = False):
         super().__init__()
         self.config = encoder.config
         self.encoder = encoder
+        self.token_scores = nn.Linear(encoder.config.hidden_size, 1, bias=False) if attention else None
+        if attention:
+            nn.init.zeros_(self.token_scores.weight)
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
@@ -25,9 +35,10 @@ class MeanPooled(nn.Module):
         """Return the logits ``[rows, classes]`` of token ids ``[rows, tokens]``."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        weights = real.to(hidden.dtype).unsqueeze(-1)
-        mean = (hidden * weights).sum(1) / weights.sum(1)
-        return SequenceClassifierOutput(logits=self.classifier(mean))
+        real = real.bool().unsqueeze(-1)
+        scores = self.token_scores(hidden) if self.token_scores is not None else hidden.new_zeros(real.shape)
+        weights = scores.masked_fill(~real, -torch.inf).softmax(1)
+        return SequenceClassifierOutput(logits=self.classifier((hidden * weights).sum(1)))
 
 
 def pooler_name(model: nn.Module) -> str | None:
@@ -35,14 +46,14 @@ def pooler_name(model: nn.Module) -> str | None:
 
     A checkpoint of a language model lacks it, as it lacks the head.
     """
-    trunk = getattr(model, "base_model_prefix", "")  # MeanPooled has none, and reads no pooler
+    trunk = getattr(model, "base_model_prefix", "")  # Pooled has none, and reads no pooler
     pooler = getattr(getattr(model, trunk, None), "pooler", None)
     return None if pooler is None else f"{trunk}.pooler"
 
 
 def head_modules(model: nn.Module) -> list[str]:
     """Return the names of a classification model's head's modules: those beside the trunk, and a pooler that trains."""
-    trunk = "encoder" if isinstance(model, MeanPooled) else model.base_model_prefix
+    trunk = "encoder" if isinstance(model, Pooled) else model.base_model_prefix
     pooler = pooler_name(model)
     trains = pooler is not None and any(p.requires_grad for p in model.get_submodule(pooler).parameters())
     return [pooler] * trains + [

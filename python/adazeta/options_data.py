@@ -91,9 +91,9 @@ TASK = [
     Option(
         "pooling",
         str,
-        "head: own (the model's) or mean (of the hidden states)",
+        "head: own (the model's), mean (of the hidden states), or attention (a mean whose weights train)",
         "own",
-        choices=("own", "mean"),
+        choices=("own", "mean", "attention"),
         tasks=("head",),
     ),
     Option(

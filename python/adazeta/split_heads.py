@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .forwards import forward_of
-from .heads import MeanPooled, head_modules
+from .heads import Pooled, head_modules
 
 
 def heads_of(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[nn.Module]:
@@ -22,7 +22,7 @@ def heads_of(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[n
     if isinstance(inner, PreTrainedModel):
         if inner.get_output_embeddings() is not None:
             return []  # a language-model head sees scored positions, not rows
-    elif not isinstance(inner, MeanPooled):
+    elif not isinstance(inner, Pooled):
         return []
     heads = [inner.get_submodule(name) for name in head_modules(inner)]
     held = {id(p) for head in heads for p in head.parameters()}

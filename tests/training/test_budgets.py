@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from adazeta import LabelWords, TTConfig, ZerothOrder, frozen, memory
 from adazeta.errors import SettingError
 from adazeta.footprint import LiveBytes, forward_bytes
-from adazeta.heads import MeanPooled
+from adazeta.heads import Pooled
 from adazeta.losses import CandidateLikelihood, HeadScores, lm_loss
 from adazeta.objectives import ClassObjective
 from adazeta.planner import MOST_TOKENS, TOKENS_PER_FORWARD, Planner
@@ -51,7 +51,7 @@ def test_a_budget_changes_no_loss_in_any_family(family, packed, layers):
 def test_a_budget_of_a_pooled_encoder_and_of_a_model_that_is_no_transformer(caplog):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     encoder = BertModel(BertConfig(**sizes, intermediate_size=48))
-    head = get_peft_model(MeanPooled(encoder, 2).eval(), TTConfig(rank=2, bottleneck=8, sites=["output.dense"]))
+    head = get_peft_model(Pooled(encoder, 2).eval(), TTConfig(rank=2, bottleneck=8, sites=["output.dense"]))
     batch = {"input_ids": torch.randint(2, 60, (4, 7)), "labels": torch.arange(4) % 2}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     ZerothOrder(head, queries=8, memory_budget=LITTLE).estimate(HeadScores(), batch)

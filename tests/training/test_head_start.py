@@ -14,7 +14,7 @@ from adazeta import TTConfig
 from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head, starts_fitted
-from adazeta.heads import MeanPooled, head_modules
+from adazeta.heads import Pooled, head_modules
 from adazeta.tasks import HeadTask
 
 CLASSES = ("bad", "fair", "good")
@@ -70,7 +70,7 @@ class Letters:
 
 def classifier(kind):
     if kind == "mean":
-        base = MeanPooled(build("bert", AutoModel), len(CLASSES))
+        base = Pooled(build("bert", AutoModel), len(CLASSES))
     else:
         base = build(kind, AutoModelForSequenceClassification, num_labels=len(CLASSES))
     config = TTConfig(rank=2, bottleneck=8, sites="paper", modules_to_save=head_modules(base))
@@ -130,7 +130,5 @@ def test_a_head_without_a_last_linear_layer():
     it = classifier("mean")
     head = it.model.get_base_model().classifier
     head.modules_to_save["default"] = torch.nn.Sequential(torch.nn.Tanh())
-    with pytest.raises(
-        UserError, match="MeanPooled has no linear layer of 3 classes at its end; use --head-start random"
-    ):
+    with pytest.raises(UserError, match="Pooled has no linear layer of 3 classes at its end; use --head-start random"):
         fit_head(it, examples())

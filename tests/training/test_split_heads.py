@@ -8,9 +8,11 @@ from test_word_losses import prompts
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adazeta import TTConfig, ZerothOrder
-from adazeta.heads import MeanPooled, head_modules
+from adazeta.heads import Pooled, head_modules
 from adazeta.losses import HeadScores
 from adazeta.split_heads import heads_of
+
+OURS = ("mean", "attention")
 
 
 def with_head(family, **config):
@@ -18,17 +20,18 @@ def with_head(family, **config):
     return adapted(family, auto=auto, modules_to_save=head_modules(build(family, auto)), **config)
 
 
-def mean_pooled():
+def pooled(how, **config):
     torch.manual_seed(1)
-    base = MeanPooled(build("bert", AutoModel), 3).requires_grad_(False).eval()
-    return get_peft_model(base, TTConfig(rank=2, bottleneck=8, modules_to_save=["classifier"])).eval()
+    base = Pooled(build("bert", AutoModel), 3, attention=how == "attention").requires_grad_(False).eval()
+    config = TTConfig(rank=2, bottleneck=8, modules_to_save=head_modules(base), **config)
+    return get_peft_model(base, config).eval()
 
 
 def coefficients_of(model, **settings):
     """Forwards of the trunk, and projected gradients, of one estimate."""
     opt = ZerothOrder(model, eps=0.1, queries=3, directions="example", **settings)
     inner, calls = model.get_base_model(), []
-    trunk = inner.encoder if isinstance(inner, MeanPooled) else inner.base_model
+    trunk = inner.encoder if isinstance(inner, Pooled) else inner.base_model
     before = {name: p.clone() for name, p in model.named_parameters()}
     opt.estimate(HeadScores(), prompts())  # the first one looks at the model too
     opt.zero_grad()
@@ -40,9 +43,16 @@ def coefficients_of(model, **settings):
     return len(calls), torch.cat(opt._projected)
 
 
-@pytest.mark.parametrize("family", [*MASKED, "gpt2", "llama", "mean"])
+FAMILIES = (*MASKED, "gpt2", "llama", *OURS)
+
+
+def model_of(family, **config):
+    return pooled(family, **config) if family in OURS else with_head(family, **config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_many_probes_in_a_forward_equal_one(family):
-    model = mean_pooled() if family == "mean" else with_head(family)
+    model = model_of(family)
     forwards, together = coefficients_of(model, probes_per_forward=30)
     assert forwards == 1
     forwards, alone = coefficients_of(model, probes_per_forward=1)

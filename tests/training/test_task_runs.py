@@ -81,6 +81,7 @@ CASES = [
     ("seq2seq", "labels", ("--template", "{text}", "--layers", "0-1"), "label-words", 0.05),
     ("encoder", "labels", RANDOM, "head", 0.03),
     ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
+    ("encoder", "labels", (*RANDOM, "--pooling", "attention", "--layers", "0-1", "--steps", 40), "head", 0.01),
     ("masked", "labels", (*RANDOM, "--task", "head", "--labels", "negative,positive"), "head", 0.03),
     ("causal", "labels", (*RANDOM, "--task", "head"), "head", 0.03),
     ("causal", "choices", ("--task", "choice"), "choice", 0.05),

@@ -10,7 +10,7 @@ from adazeta.data import Example, Prompts
 from adazeta.errors import UserError
 from adazeta.tasks.prompts import check_template, class_indices, encode_prompts
 
-POOLINGS = ("own", "mean")
+POOLINGS = ("own", "mean", "attention")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class HeadTask:
         labels: as the data spells them, in class order.
         template: what the model reads, with the data's columns, such as ``{text}``, once each.
         max_tokens: longest input in tokens; a longer text loses its end.
-        pooling: ``"own"``, the head that ``transformers`` has for the model, or ``"mean"``, a linear layer on the mean
-            of the hidden states.
+        pooling: ``"own"``, the head that ``transformers`` has for the model; ``"mean"``, a linear layer on the mean of
+            the hidden states; or ``"attention"``, one on a mean whose weights train (:class:`adazeta.heads.Pooled`).
     """
 
     labels: tuple[str, ...]
