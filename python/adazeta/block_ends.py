@@ -6,7 +6,7 @@ same products; an estimate multiplies them once. (Whole blocks below the first a
 
 Above: behind the last block's attention nothing passes from token to token, and the losses read the scored tokens
 alone. The linear layers there, all but those that make keys and values, multiply these tokens; the other ones get
-zeros, which nobody reads.
+zeros, which nobody reads. This is for language-model heads: classification heads may read all tokens.
 
 Which layers these are is found by looking: the model runs once on a few tokens, and a layer of the last block counts
 if NaN in place of its results for the other tokens does not reach the block's result at the scored ones.
@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .batches import host, onto
 from .forwards import forward_of, is_compiled
+from .heads import Pooled
 from .scoring import kind_of, language_model, model_inputs, scored_only, trunk_of
 from .tokens import looking
 from .tuner.layer import TTLayer
@@ -44,7 +46,7 @@ class BlockEnds:
     """The linear layers before the first adapter and behind the last attention of a model.
 
     Args:
-        model: a transformers or PEFT model; one without a language-model head is left alone.
+        model: a transformers or PEFT model, or a ``Pooled`` encoder; others are left alone.
         tt_model, adapter: whose adapters are perturbed, or None.
 
     Attributes:
@@ -92,13 +94,14 @@ class BlockEnds:
     @torch.compiler.disable  # it puts other forwards into modules that a compiler may be following
     def _once_per_row(self, forward: Callable, *args, **kwargs):
         """Stand in for the trunk's ``forward``: :attr:`below` multiply one of the rows that have the same inputs."""
-        found = None if looking.get() or args else _distinct(kwargs)
+        inputs = {**dict(zip(("input_ids",), args)), **kwargs}  # classification heads hand the ids over by position
+        found = None if looking.get() or len(args) > 1 else _distinct(inputs)
         if found is None:
             return forward(*args, **kwargs)
         with ExitStack() as stack:
             for layer in self.below:
                 stack.enter_context(forward_of(layer, partial(self._at_rows, id(layer), *found)))
-            return forward(**kwargs)
+            return forward(*args, **kwargs)
 
     def _at_rows(self, layer: int, rows: tuple, first, index, shape: tuple[int, int], forward: Callable, x, *args):
         """Run ``forward`` on the rows ``first`` of ``x``, and row ``i`` gets the result of ``index[i]``."""
@@ -123,7 +126,8 @@ class BlockEnds:
     def _look(self) -> None:
         """Find :attr:`below` and :attr:`above`, unless the adapted layers are those of the last look."""
         layers = [] if self.tt_model is None else [layer for _, layer in self.tt_model.tt_layers(self.adapter)]
-        trunk = trunk_of(self.model) if hasattr(language_model(self.model), "get_output_embeddings") else None
+        known = isinstance(language_model(self.model), (PreTrainedModel, Pooled))
+        trunk = trunk_of(self.model) if known else None
         now = [id(trunk), *map(id, layers)]
         if now == self._looked_at or trunk is None or trunk.training:
             return
@@ -133,7 +137,7 @@ class BlockEnds:
         token = looking.set(True)
         try:
             look = _Look(self.model, trunk)
-            self.below, self.above = look.before(layers, self.adapter), look.behind_attention()
+            self.below, self.above = look.before(layers, self.adapter), look.behind_attention() if look.predicts else []
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, StopIteration) as error:
             _log.info("all linear layers multiply all tokens of all probes: a look at the model failed (%s)", error)
         finally:
@@ -144,19 +148,24 @@ class _Look:
     """A forward of a few tokens: which layers ran, in which order, and what the last block was given."""
 
     def __init__(self, model: nn.Module, trunk: nn.Module):
-        self.inner, self.trunk = language_model(model), trunk
+        inner, self.trunk = language_model(model), trunk
         self.block = next(m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len(m))[-1]
-        embeddings = self.inner.get_input_embeddings()
+        #: Whether a language-model head reads the hidden states.
+        self.predicts = not isinstance(inner, Pooled) and inner.get_output_embeddings() is not None
+        embeddings = (inner if self.predicts else trunk).get_input_embeddings()
         ids = (torch.arange(ROWS * TOKENS) % embeddings.num_embeddings).view(ROWS, TOKENS)
         batch = {"input_ids": ids.to(embeddings.weight.device)}
-        if kind_of(model) == "seq2seq":
-            batch["decoder_input_ids"] = batch["input_ids"]
-        self.inputs = model_inputs(model, batch)
+        if self.predicts:
+            if kind_of(model) == "seq2seq":
+                batch["decoder_input_ids"] = batch["input_ids"]
+            self._forward = partial(inner.forward, **model_inputs(model, batch))
+        else:
+            self._forward = partial(trunk, **batch)
         self.order: list[nn.Module] = []  # linear and adapted layers, as they ran
         self.other: list[nn.Module] = []  # those of them that also multiply something that is not the tokens
         self.given: tuple[tuple, dict] | None = None
         handles = [self.block.register_forward_pre_hook(self._keep, with_kwargs=True)]
-        handles += [m.register_forward_pre_hook(self._note) for m in self.inner.modules() if isinstance(m, _KINDS)]
+        handles += [m.register_forward_pre_hook(self._note) for m in inner.modules() if isinstance(m, _KINDS)]
         try:
             self.hidden = self._scored(self._run())
         finally:
@@ -202,7 +211,7 @@ class _Look:
         seen: list[torch.Tensor] = []
         handle = self.trunk.register_forward_hook(lambda module, args, output: seen.append(_first_tensor(output)))
         try:
-            self.inner.forward(**self.inputs)
+            self._forward()
         finally:
             handle.remove()
         return seen[0]

@@ -52,7 +52,7 @@ def losses_of(optimizer, plan: Plan, batch: Mapping[str, Any], loss_fn: Callable
         graphs = optimizer.graphs.used(others=others is not None, shared=shared, at_tokens=at_tokens)
         if not stack.enter_context(graphs):  # a graph repeats the rows and tokens of its recording
             keep = 0 if planner.asked_for else KEPT_BYTES  # a budget is the forward's
-            stack.enter_context(optimizer.ends.used(alike=others is None, keep=keep))
+            stack.enter_context(optimizer.ends.used(alike=optimizer._others.behind_adapters(model), keep=keep))
         stack.enter_context(others or nullcontext())
         if at_tokens:
             losses, rows = evaluate_probe_tokens(plan, batch, model, loss_fn, **settings)

@@ -71,6 +71,10 @@ class Others:
         """Return the modules that may run probe by probe inside one forward, if they hold all of the parameters."""
         return heads_of(model, self.named) if self.named and self.way == "streamed" else []
 
+    def behind_adapters(self, model: nn.Module) -> bool:
+        """Whether rows of the same tokens are the same up to the first adapter, at all probes."""
+        return not self.named or bool(self.heads(model))
+
 
 def trainable_adapter(model: torch.nn.Module) -> tuple[TTModel | None, str]:
     """Return the ``TTModel`` inside ``model`` and the name of its trainable adapter.

@@ -191,8 +191,10 @@ def fit(
         say(shared)
     kind = {"others": bool(trainer.zeroth_order.others), "shared": bool(shared)}
     say(graphs.describe(**kind))
-    if graphs.why_not(**kind) and (spared := ends.describe(alike=not kind["others"])):
-        say(spared)
+    if graphs.why_not(**kind):
+        alike = trainer.zeroth_order._others.behind_adapters(trainer.zeroth_order.model)
+        if spared := ends.describe(alike=alike):
+            say(spared)
     with disk_errors(folder), freed_memory_kept(), Peak() as peak:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

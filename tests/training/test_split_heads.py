@@ -1,13 +1,18 @@
 """Heads that run probe by probe inside one forward, against one probe per forward."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from families import MASKED, adapted, build
 from peft import get_peft_model
 from test_word_losses import prompts
+from tiny import moved
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adazeta import TTConfig, ZerothOrder
+from adazeta.block_ends import BlockEnds
+from adazeta.forwards import forward_of
 from adazeta.heads import Pooled, head_modules
 from adazeta.losses import HeadScores
 from adazeta.split_heads import heads_of
@@ -27,9 +32,10 @@ def pooled(how, **config):
     return get_peft_model(base, config).eval()
 
 
-def coefficients_of(model, **settings):
+def coefficients_of(model, ends=None, **settings):
     """Forwards of the trunk, and projected gradients, of one estimate."""
     opt = ZerothOrder(model, eps=0.1, queries=3, directions="example", **settings)
+    opt.ends = ends or opt.ends
     inner, calls = model.get_base_model(), []
     trunk = inner.encoder if isinstance(inner, Pooled) else inner.base_model
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -61,6 +67,30 @@ def test_many_probes_in_a_forward_equal_one(family):
     assert alone.std() > 0.01
     _, in_place = coefficients_of(model, perturb="in-place")
     torch.testing.assert_close(together, in_place, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_layers_below_the_first_adapter_run_once_per_example(family, block):
+    """In the last block too, above blocks that are shared whole; also where a forward holds a few probes."""
+    model = moved(model_of(family, layers_to_transform=[block]), 0.3)
+    ends, off = BlockEnds(model, model.base_model, "default"), BlockEnds(torch.nn.Identity(), None, "default")
+    for settings in ({}, {"probes_per_forward": 4}):
+        plain, shared = (coefficients_of(model, ends=used, **settings)[1] for used in (off, ends))
+        torch.testing.assert_close(shared, plain, atol=3e-4, rtol=1e-3)
+    assert plain.std() > 0.01
+    assert len(ends.below) >= 2 * (1 + block) and not ends.above
+    multiplied = []
+
+    def noted(forward, x):
+        multiplied.append(x[..., 0].numel())
+        return forward(x)
+
+    with ExitStack() as stack:
+        for layer in ends.below:
+            stack.enter_context(forward_of(layer, noted))
+        coefficients_of(model, ends=ends)
+    assert multiplied and max(multiplied) <= prompts()["input_ids"].numel()  # of 6 probes
 
 
 def test_below_a_pooler_that_trains_blocks_are_shared(caplog):
