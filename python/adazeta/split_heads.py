@@ -1,14 +1,23 @@
-"""Classification heads that train: they run once per probe, on its rows, and all before them once for many probes."""
+"""Classification heads that train: they run once per probe, on its rows, and all before them once for many probes.
+
+A head that is one linear layer runs once for all probes, as a batched product with a weight per probe.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from .forwards import forward_of
 from .heads import Pooled, head_modules
+from .tokens import looking
+
+#: Most numbers of a layer's weights at all probes of a forward; above them it runs probe by probe.
+MOST_NUMBERS = 1 << 22
 
 
 def heads_of(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[nn.Module]:
@@ -39,19 +48,41 @@ def probe_by_probe(heads: Sequence[nn.Module], others, probes: Sequence[tuple[in
         probes: seed and scale of each.
     """
 
-    def at_each_probe(forward, *args):
-        if args[0].shape[0] % len(probes):
+    def parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if x.shape[0] % len(probes):
             raise ValueError(
-                f"{len(probes)} probes are active, but a head gets {args[0].shape[0]} rows: dimension 0 of its "
+                f"{len(probes)} probes are active, but a head gets {x.shape[0]} rows: dimension 0 of its "
                 "input must be that of the batch"
             )
+        return x.chunk(len(probes))
+
+    def at_each_probe(forward, *args):
         outputs = []
-        for (seed, scale), *part in zip(probes, *(arg.chunk(len(probes)) for arg in args)):
+        for (seed, scale), *part in zip(probes, *map(parts, args)):
             others.move_to(seed, scale)
             outputs.append(forward(*part))
         return torch.cat(outputs)
 
+    def at_all_probes(layer, forward, x):
+        if looking.get() or len(probes) * layer.in_features * layer.out_features > MOST_NUMBERS:
+            return at_each_probe(forward, x)
+        own = others.of_probes(layer, probes)
+        weight, bias = (own[name] if name in own else getattr(layer, name) for name in ("weight", "bias"))
+        y = torch.stack(parts(x)).flatten(1, -2) @ weight.mT
+        if bias is not None:
+            y += bias.unsqueeze(1) if "bias" in own else bias
+        return y.view(*x.shape[:-1], -1)
+
     with ExitStack() as stack:
         for head in heads:
-            stack.enter_context(forward_of(head, at_each_probe))
+            layer = _linear(head)
+            function = at_each_probe if layer is None else partial(at_all_probes, layer)
+            stack.enter_context(forward_of(layer or head, function))
         yield
+
+
+def _linear(head: nn.Module) -> nn.Linear | None:
+    """Return the linear layer that ``head`` is, as PEFT wraps it or not; None if it is more."""
+    if isinstance(head, ModulesToSaveWrapper) and len(head.active_adapters) == 1:
+        head = head.modules_to_save[head.active_adapters[0]]
+    return head if type(head) is nn.Linear else None

@@ -5,7 +5,7 @@ perturbed copy. The copies of one module lie in one scratch buffer, which the ne
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -93,6 +93,28 @@ class Streamed:
         self._forget()
         self._seed, self._scale = seed, scale
 
+    def of_probes(self, module: nn.Module, probes: Sequence[tuple[int, float]]) -> dict[str, torch.Tensor]:
+        """Return ours of ``module``'s own parameters at ``probes``, seed and scale of each: ``[probes, *shape]``.
+
+        Numerics: the bits that they have at one probe after another.
+        """
+        own = next((perturbed for held, _, perturbed in self._modules if held is module), None)
+        if own is None:
+            return {}
+        stored = {key: own.stored(key).detach() for key in own.offsets}
+        copies = {key: value.repeat(len(probes), *[1] * value.ndim) for key, value in stored.items()}
+        ends = [own.offsets[key] + value.numel() for key, value in stored.items()]
+        in_a_row = list(own.offsets.values())[1:] == ends[:-1]  # then they are one list of tensors to perturb_
+        self._copying = True
+        try:
+            for keys in [list(copies)] if in_a_row else [[key] for key in copies]:
+                for (seed, scale), *at_probe in zip(probes, *(copies[key] for key in keys)):
+                    offset = own.offsets[keys[0]]
+                    perturb_(at_probe, [seed], [scale], offset=offset, distribution=self._distribution)
+        finally:
+            self._copying = False
+        return copies
+
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Raise where code reads a stored value past the modules' attributes, and so would miss the perturbation.
@@ -151,8 +173,11 @@ class _Perturbed(dict):
         super().__init__(held)
         self.offsets, self._streamed = offsets, streamed
 
+    def stored(self, key: str) -> torch.Tensor:
+        return super().__getitem__(key)
+
     def __getitem__(self, key):
-        stored = super().__getitem__(key)
+        stored = self.stored(key)
         return self._streamed._read(self, key, stored) if key in self.offsets else stored
 
 

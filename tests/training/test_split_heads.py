@@ -10,14 +10,18 @@ from test_word_losses import prompts
 from tiny import moved
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from adazeta import TTConfig, ZerothOrder
+from adazeta import TTConfig, ZerothOrder, split_heads
 from adazeta.block_ends import BlockEnds
 from adazeta.forwards import forward_of
 from adazeta.heads import Pooled, head_modules
 from adazeta.losses import HeadScores
 from adazeta.split_heads import heads_of
+from adazeta.streamed import Streamed
 
 OURS = ("mean", "attention")
+
+
+real = Streamed.of_probes
 
 
 def with_head(family, **config):
@@ -91,6 +95,18 @@ def test_linear_layers_below_the_first_adapter_run_once_per_example(family, bloc
             stack.enter_context(forward_of(layer, noted))
         coefficients_of(model, ends=ends)
     assert multiplied and max(multiplied) <= prompts()["input_ids"].numel()  # of 6 probes
+
+
+@pytest.mark.parametrize("most", [1 << 22, 0])
+def test_a_linear_head_multiplies_once_for_all_probes(monkeypatch, most):
+    """Unless its weights at all of them were too many."""
+    monkeypatch.setattr(split_heads, "MOST_NUMBERS", most)
+    model, calls = pooled("attention"), []
+    monkeypatch.setattr(Streamed, "of_probes", lambda self, *a: calls.append(len(a[1])) or real(self, *a))
+    found = coefficients_of(model, probes_per_forward=30)[1]
+    assert calls[-2:] == ([30, 30] if most else [])  # two layers, three queries, two signs, five rows
+    monkeypatch.setattr(split_heads, "MOST_NUMBERS", 0)
+    torch.testing.assert_close(found, coefficients_of(model, probes_per_forward=30)[1], atol=3e-4, rtol=1e-3)
 
 
 def test_below_a_pooler_that_trains_blocks_are_shared(caplog):

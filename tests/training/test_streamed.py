@@ -290,3 +290,20 @@ def test_all_parameters_of_a_tiny_llama_learn(dtype, perturb):
         opt.step()
     assert losses[-1] < losses[0] - 0.08
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("names", [["0.weight", "1.weight", "1.bias"], ["1.bias", "0.weight", "1.weight"], ["1.bias"]])
+def test_all_probes_at_once_have_the_bits_of_one_after_another(names):
+    """Also where a module's parameters are apart in the direction, and where only some of them are moved."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    stored = dict(model.named_parameters())
+    probes = [(seed, scale) for seed in (3, 2**63) for scale in (0.1, -0.1)]
+    with torch.no_grad(), Streamed(model, {name: stored[name] for name in names}, offset=1003) as others:
+        for index, module in enumerate(model):
+            together = others.of_probes(module, probes)
+            assert set(together) == {name[2:] for name in names if name.startswith(str(index))}
+            for number, (seed, scale) in enumerate(probes):
+                others.move_to(seed, scale)
+                for key, copies in together.items():
+                    assert torch.equal(copies[number], getattr(module, key))
+                    assert not torch.equal(copies[number], stored[f"{index}.{key}"])
