@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes of AdamW over the data (default: 3)")
     parser.add_argument("--adamw-lr", type=float, default=0.01, help="learning rate of AdamW (default: 0.01)")
     parser.add_argument("--layers", default="5", help="blocks with adapters (default: 5, the last)")
+    parser.add_argument("--sites", default="paper", help="where in a block (default: paper)")
     parser.add_argument("--pooling", default="mean", choices=("mean", "attention"), help="(default: mean)")
     parser.add_argument("--act", default="identity", help="activation of the adapters (default: identity)")
     parser.add_argument("--batch-size", type=int, default=16, help="sentences of a step (default: 16)")
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1000, help="held-out sentences (default: 1000)")
     arguments = parser.parse_args()
     flags = {**COMMON, **HEAD, "dtype": "float32", "steps": arguments.steps, "queries": arguments.queries}
-    names = ("layers", "head_start", "pooling", "act", "batch_size")
+    names = ("layers", "sites", "head_start", "pooling", "act", "batch_size")
     flags |= {name: getattr(arguments, name) for name in names}
     bench = Bench(resolve(flags, TRAIN, preset=PRESET), arguments.train, arguments.test)
     result = {"settings": flags, "train": len(bench.train), "test": len(bench.test), "numbers": bench.numbers}
