@@ -12,8 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 
 from adazeta.distributed import INTERRUPTED, LATE
+from adazeta.errors import UserError
 from adazeta.files import disk_errors, write_text
 from adazeta.runs import read_metrics
 
@@ -156,6 +158,28 @@ def measured(metrics: dict[str, float]) -> dict[str, float]:
     """Return what an evaluation of the Trainer measured, without what it cost: loss, accuracy, f1, ..."""
     names = (name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
     return {n: metrics[f"eval_{n}"] for n in names if n != "runtime" and not n.endswith("_per_second")}
+
+
+class Wandb(WandbCallback):
+    """The Trainer's callback for W&B; the run there knows the ``settings`` of this one, as ``adazeta``.
+
+    Raises:
+        UserError: when training begins, if W&B does not: nobody is logged in, or it cannot be reached.
+    """
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.settings = settings
+
+    def setup(self, *args, **kwargs):
+        from wandb.errors import Error
+
+        try:
+            super().setup(*args, **kwargs)
+        except (Error, ValueError, OSError) as error:  # ValueError: a WANDB_... variable that it cannot read
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--report-to wandb: {reason} (WANDB_MODE=offline needs neither login nor net)") from error
+        self._wandb.config.update({"adazeta": self.settings})
 
 
 class Limits(TrainerCallback):

@@ -116,12 +116,13 @@ def fit(
         Interrupted: Ctrl-C; ``folder`` holds a checkpoint.
     """
     from transformers import PrinterCallback, TrainerCallback
+    from transformers.integrations import WandbCallback
 
     from adazeta import ZOTrainer
     from adazeta.best import Best
     from adazeta.digests import json_sha256
     from adazeta.journal import NAME as JOURNAL
-    from adazeta.progress import Bar, Limits, MetricsFile
+    from adazeta.progress import Bar, Limits, MetricsFile, Wandb
 
     class Card(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
@@ -185,6 +186,8 @@ def fit(
     trainer, checkpoint = together(ranks, prepare, "start")
     zo = trainer.zo
     trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(WandbCallback):  # what report_to has brought
+        trainer.add_callback(Wandb(classifier.card["settings"]))
     prefix, graphs, ends = (getattr(trainer.zeroth_order, name) for name in ("prefix", "graphs", "ends"))
     shared = prefix.describe() if prefix and not getattr(trainer.loss, "generates", False) else ""
     if shared:

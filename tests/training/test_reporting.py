@@ -1,4 +1,4 @@
-"""What a run says to others: the names of its metrics, TensorBoard's files, services that are not installed."""
+"""What a run says to others: the names of its metrics, TensorBoard's files, W&B's, services that are not installed."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_trainer import trainer
-from tiny_run import fails, main, train_command
+from tiny_run import adazeta, fails, main, train_command
 
 from adazeta import ZOConfig, kinds
 from adazeta.journal import NAME, steps
@@ -60,6 +60,45 @@ def test_tensorboard_reads_what_metrics_jsonl_holds(world, capsys):
     assert all(found[f"train/{name}"] == [1, 2, 3] for name in NAMES)
     assert {"eval/loss", "eval/accuracy"} <= found.keys()
     assert json.loads((folder / "board" / "adazeta.json").read_text())["settings"]["report_to"] == ["tensorboard"]
+
+
+def sent(folder):
+    """What W&B keeps of a run for when it gets online: config, and the history's steps of every name."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.rglob("run-*.wandb")
+    content, at, whole = path.read_bytes(), 7, b""  # a head, then blocks of 32 KiB
+    config, history = {}, {}
+    while at + 7 <= len(content):
+        if (left := -at % 32768) < 7:  # no head of a part would fit
+            at += left
+            continue
+        length, kind = struct.unpack_from("<4xHB", content, at)  # its checksum, length, the place in its record
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # all of it, or the last part
+            record, whole = Record.FromString(whole), b""
+            config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            line = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for name in line:
+                history.setdefault(name, []).append(line["train/global_step"])
+    return config, history
+
+
+@pytest.mark.skipif(not find_spec("wandb"), reason="wandb is not installed: W&B's own package, 62 MB and what it needs")
+def test_wandb_hears_what_metrics_jsonl_holds(world, tmp_path):
+    folder, _ = world
+    command = train_command(folder, "heard", "--steps", 3, "--report-to", "wandb")
+    done = adazeta(*command, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    config, history = sent(tmp_path)
+    assert config["adazeta"]["eps"] == 0.01 and config["learning_rate"] == 0.01
+    assert all(history[f"train/{name}"] == [1, 2, 3] for name in NAMES)
+    assert history["eval/loss"] == history["eval/accuracy"] == [0, 1, 2, 3]
+    done = adazeta(*command, "--overwrite", WANDB_MODE="online", WANDB_API_KEY="short", WANDB_DIR=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "adazeta: error: --report-to wandb: WANDB_API_KEY invalid" in done.stderr
+    assert (folder / "heard").is_dir() and not (folder / "heard.partial").exists()
 
 
 def test_services_that_cannot_be_reported_to(world, capsys, monkeypatch):
