@@ -45,9 +45,7 @@ def open_partial(output: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     if output.is_dir() and any(output.iterdir()) and not is_run(output):
         raise UserError(f"{output} is not empty and not a run folder: choose another --output")
     if resume:
-        if not resumable(partial):
-            done = " (it is complete)" if is_run(output) else ""
-            raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
+        check_resumable(output)
     else:
         if not overwrite and is_run(output):
             raise UserError(f"{output} holds a run already: add --overwrite, or choose another --output")
@@ -94,6 +92,13 @@ def _of_a_run(folder: Path) -> bool:
     # A process that is killed before it renames its first file leaves the temporary one.
     written = [name for own in (CARD, METRICS, NAME, "journal-initial*.safetensors") for name in (own, f".{own}.*.tmp")]
     return any(path.is_file() for name in written for path in folder.glob(name)) or any(folder.glob("checkpoint-*"))
+
+
+def check_resumable(output: Path) -> None:
+    """Raise UserError where there is nothing of the run ``output`` to go on with."""
+    if not resumable(partial_of(output)):
+        done = " (it is complete)" if is_run(output) else ""
+        raise UserError(f"nothing to resume for {output}{done}: leave --resume out to train anew")
 
 
 def resumable(folder: Path) -> bool:

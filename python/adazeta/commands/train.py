@@ -37,7 +37,7 @@ def _demo(arguments) -> int:
 
 def _run_training(arguments, config: str | None, defaults: dict) -> int:
     from ..own_function import check_named
-    from ..run_folders import partial_of, resumable
+    from ..run_folders import check_resumable, partial_of, resumable
     from ..runs import CARD, is_run, read_json
 
     ranks = None
@@ -67,6 +67,8 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
             # The same command is started again and again: there may be nothing yet, something, or the whole run.
             again, resume = resume, resumable(partial)
             done = again and not resume and is_run(output) and not run["overwrite"]
+        if resume and not done:
+            check_resumable(output)  # before the model and the data of no run's settings are fetched
         card = read_json(partial / CARD) if resume and (partial / CARD).is_file() else {}
         return resume, card.get("settings"), card.get("preset", run["preset"]), done
 
