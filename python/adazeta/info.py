@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from adazeta.errors import UserError
+from adazeta.gguf_models import gguf_file
 from adazeta.report import adapter_size, before_after, facts
 from adazeta.runs import ADAPTER, CARD, SUMMARY, is_run, model_folder, read_card, read_json
 
@@ -22,7 +23,8 @@ def describe(name: str, *, rank: int = 5, bottleneck: int = 64, say=lambda line:
     """
     if name.isdigit():
         return _layout(int(name), rank, bottleneck)
-    if Path(name).is_dir() and (is_run(name) or not (Path(name) / "config.json").is_file()):
+    folder = Path(name)
+    if folder.is_dir() and (is_run(name) or not (folder / "config.json").is_file() and gguf_file(folder) is None):
         return _describe_run(Path(name))
     return _describe_model(name, rank, bottleneck, say)
 

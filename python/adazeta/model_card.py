@@ -55,7 +55,8 @@ def hub_name(model: str | Path) -> str | None:
         config = folder / "config.json"
         stored = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") if config.is_file() else None
         return hub_name(stored) if stored and not Path(stored).is_dir() else None
-    return str(model) if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) else None
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not folder.is_file()  # a GGUF file is one
+    return str(model) if named else None
 
 
 def describe_run(card: Mapping[str, Any], summary: Mapping[str, Any], name: str, model) -> dict:

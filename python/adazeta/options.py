@@ -53,7 +53,7 @@ MODEL = [
     Option(
         "model",
         str,
-        f"base model: a folder with config.json, {FORM} of the Hugging Face hub, 'smollm2' or 'minilm'",
+        f"base model: a folder with config.json, a GGUF file, {FORM} of the Hugging Face hub, 'smollm2' or 'minilm'",
         "smollm2",
     ),
     Option(

@@ -16,6 +16,7 @@ from adazeta import __version__
 from adazeta.base_models import Say, architecture, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.files import write_text
+from adazeta.gguf_models import gguf_file
 from adazeta.option import plain
 from adazeta.tasks import Task, choose, from_dict, to_dict
 
@@ -121,8 +122,8 @@ def card_for(name: str, journal: str | None = None) -> dict:
     Of a base model only its name is known; a journal's base model is the run's or ``name`` itself.
     """
     run, folder = is_run(name), Path(name)
-    if folder.is_dir() and not run and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is neither a run (no {CARD}) nor a model folder (no config.json)")
+    if folder.is_dir() and not run and not (folder / "config.json").is_file() and gguf_file(folder) is None:
+        raise UserError(f"{name} is neither a run (no {CARD}) nor a model folder (no config.json, no GGUF file)")
     card = read_card(name) if run else {"base_model": str(name)}
     if journal is None:
         return card

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_gguf import write_gguf
 from tiny import lm_batch
 from tiny_run import main, train_command, write_data, write_model
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,8 @@ def load(base, method, dtype=torch.float32, **keywords):
             pytest.skip(f"{method}: {NEEDS_GPU[method]}")
         keywords["quantization_config"] = quantization_config(method)
     elif method == "gguf":
-        pytest.skip("gguf: transformers makes plain weights of it as it reads; test_assets.py reads SmolLM2's so")
+        write_gguf(base, base.parent / "tiny.gguf")  # of which transformers makes plain weights as it reads
+        base, keywords["gguf_file"] = base.parent, "tiny.gguf"
     elif method == "devices" and torch.cuda.device_count() < 1:
         pytest.skip("device_map over a GPU and the CPU: torch finds no GPU")
     elif method == "devices":
