@@ -160,7 +160,7 @@ def load_base(
     from adazeta.devices import chosen_device
     from adazeta.frozen import mix
     from adazeta.heads import Pooled, head_modules, pooler_name
-    from adazeta.quantized import all_finite, quantization_config
+    from adazeta.quantized import all_finite, check_products, left_plain, quantization_config
 
     folder, place = model_folder(name, say), chosen_device(device)
     if dtype not in DTYPES:
@@ -175,7 +175,7 @@ def load_base(
     keywords = {"dtype": stored, "local_files_only": True, "trust_remote_code": False}
     keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are for _check_weights
     if quantize is not None:
-        keywords["quantization_config"] = quantization_config(quantize)
+        keywords["quantization_config"] = quantization_config(quantize, place.type)
     wanted = "with a classification head" if with_head else "as a language model"
     with told_in_one_line(f"{name} cannot be loaded {wanted}"):
         with torch.random.fork_rng():
@@ -194,6 +194,9 @@ def load_base(
                 begin = []
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     new = _check_weights(name, found, begin)
+    check_products(model, place.type)
+    if quantize is not None and (left := left_plain(model, head_modules(model) if with_head else ()))[0]:
+        say(f"--quantize {quantize}: {left[0]} of {left[1]} linear layers stay plain, their width does not fit")
     for parameter_name, parameter in model.named_parameters():
         if not all_finite(parameter):
             raise UserError(f"{name}: {parameter_name} holds NaN or infinite numbers: get the model again")

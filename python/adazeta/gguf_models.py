@@ -60,15 +60,18 @@ def convert(path: Path, target: Path) -> None:
         UserError: transformers knows no such model, or cannot read the file.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from adazeta.base_models import told_in_one_line
 
-    from_file = {"gguf_file": path.name, "trust_remote_code": False}
+    from_file, how = {"gguf_file": path.name, "trust_remote_code": False}, {}
+    if hasattr(transformers, "GgufConfig"):  # otherwise it may keep the file's blocks, if it finds a kernel for them
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with told_in_one_line(f"{path} cannot be read as a language model"):
         try:
             read, found = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, output_loading_info=True, local_files_only=True, **from_file
+                path.parent, dtype=torch.float32, output_loading_info=True, local_files_only=True, **from_file, **how
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **from_file)
         except struct.error as error:

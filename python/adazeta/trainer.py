@@ -35,7 +35,7 @@ from .model_card import NAME as CARD_NAME
 from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
 from .privacy import PoissonBatches, check_batches
-from .quantized import all_finite
+from .quantized import all_finite, trains_adapters
 from .scoring import kind_of
 
 
@@ -101,7 +101,8 @@ class ZOTrainer(Trainer):
         self._queries, self._from_journal = 0, False
         self._last_log = (time.perf_counter(), 0)
         self.ranks = ranks
-        super().__init__(model, args, *rest, **kwargs)
+        with trains_adapters(model):
+            super().__init__(model, args, *rest, **kwargs)
         # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.args.n_gpu > 1:

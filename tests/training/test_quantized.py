@@ -1,12 +1,17 @@
 """Quantised and low-memory bases as `transformers` loads them; a cell that cannot run here is skipped, and says why."""
 
+import sys
+from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_gguf import write_gguf
+from test_trainer import trainer
 from tiny import lm_batch
 from tiny_run import main, train_command, write_data, write_model
 from transformers import AutoModelForCausalLM
@@ -22,8 +27,7 @@ from adazeta.planner import Planner
 from adazeta.probes import Plan, evaluate_probes
 from adazeta.quantized import METHODS, all_finite, quantization_config
 from adazeta.replay import replay
-
-NEEDS_GPU = {"int4": "torchao packs int4 weights for GPUs and XPUs only"}
+from adazeta.tasks import HeadTask
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,10 @@ def load(base, method, dtype=torch.float32, **keywords):
     if method in METHODS:
         if find_spec(METHODS[method]) is None:
             pytest.skip(f"{method}: the package {METHODS[method]} is not installed")
-        if method in NEEDS_GPU and not torch.cuda.is_available():
-            pytest.skip(f"{method}: {NEEDS_GPU[method]}")
+        if method == "int4" and Version(version("torchao")) < Version("0.18"):
+            pytest.skip(
+                f"{method}: torchao {version('torchao')} packs 4 bits for GPUs and XPUs only, 0.18 for CPUs too"
+            )
         keywords["quantization_config"] = quantization_config(method)
     elif method == "gguf":
         write_gguf(base, base.parent / "tiny.gguf")  # of which transformers makes plain weights as it reads
@@ -54,6 +60,7 @@ def placed(device):
     return {name: device for name in names}
 
 
+CONFIGS = ("Float8WeightOnlyConfig", "Int8WeightOnlyConfig")
 CELLS = [*METHODS, "gguf", "devices", "disk"]
 
 
@@ -98,7 +105,7 @@ def test_an_adapter_trains_on_it(base, tmp_path, method, dtype):
     assert base_sha256(model) == before
 
 
-@pytest.mark.parametrize("method", ["int8", "bnb4"])
+@pytest.mark.parametrize("method", ["int8", "int4", "bnb4"])
 def test_it_takes_no_lora(base, method):
     config = TTConfig(rank=2, bottleneck=8, act="identity", positions="all")
     model = peft.get_peft_model(load(base, method), config)
@@ -134,9 +141,43 @@ def test_train_and_predict_from_the_command_line(base, tmp_path, capsys, method)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("method", ["gguf", "int4"])
+def test_the_trainer_takes_what_lets_no_gradient_through(base, tmp_path, method):
+    """transformers' own refuses them, as it does a model that is quantised and has no adapter."""
+    model = load(base, method)
+    assert not model.hf_quantizer.is_trainable
+    run = trainer(tmp_path, max_steps=2, model=peft.get_peft_model(model, TTConfig(rank=2, bottleneck=8)).eval())
+    run.train()
+    assert torch.equal(replay(tmp_path).trainable.tensors[0], run.model.base_model.theta().cpu())
+    assert not vars(model).get("_hf_peft_config_loaded") and not vars(run.model).get("_hf_peft_config_loaded")
+
+
+def test_a_product_that_this_cpu_lacks_is_told(tmp_path):
+    folder = write_model(tmp_path / "base", intermediate_size=96)
+    model = load(folder, "bnb4")
+    if not next(m for m in linears(model) if hasattr(m, "support_avx512bf16_for_cpu")).support_avx512bf16_for_cpu:
+        pytest.skip("bnb4: this CPU has no products of bfloat16, without which bitsandbytes takes any width")
+    with pytest.raises(UserError, match=r"rows of a multiple of 64 on this CPU, .*down_proj reads 96; try int8"):
+        load_base(str(folder), quantize="bnb4", device="cpu")
+
+
+@pytest.mark.parametrize("method", ["int4", "fp8"])
+def test_weights_that_do_not_fit_are_told(tmp_path, method):
+    folder, said = write_model(tmp_path / "base", intermediate_size=80), []  # down_proj reads no multiple of 32
+    load(folder, method)  # or a skip
+    for head in (None, HeadTask(["0", "1"]), HeadTask(["0", "1"], pooling="mean")):
+        load_base(str(folder), quantize=method, device="cpu", task=head, say=said.append)
+    told = [f"--quantize {method}: 2 of 14 linear layers stay plain, their width does not fit"]
+    assert said == (3 * told if method == "int4" else [])
+
+
 def test_what_is_missing_is_told(base, monkeypatch):
     monkeypatch.setattr("adazeta.quantized.find_spec", lambda package: None)
     with pytest.raises(UserError, match="bnb8 needs a package that is not installed: pip install bitsandbytes"):
         load_base(str(base), quantize="bnb8")
+    monkeypatch.setattr("adazeta.quantized.find_spec", lambda package: None if package == "mslk" else package)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", SimpleNamespace(**dict.fromkeys(CONFIGS)))
+    with pytest.raises(UserError, match="int4 on a GPU needs torchao's kernels, which are not installed: mslk >= 1.0"):
+        quantization_config("int4", "cuda")
     with pytest.raises(UserError, match="expected one of int8, .*got 'int3'"):
         load_base(str(base), quantize="int3")
