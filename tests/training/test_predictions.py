@@ -121,3 +121,16 @@ def test_a_stream_holds_a_few_batches_at_a_time():
     assert [(example.text, row) for example, row, _ in found] == list(zip(texts, texts))
     assert [len(asked) for asked in model.asked] == [16, 4]
     assert notes == ["note 0"]
+
+
+def test_rows_that_cannot_be_asked_are_told_before_the_model_is_opened(world, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("adazeta.commands.predict.opened", lambda *_: pytest.fail("the model is opened"))
+    run, rows = world[0] / "run", tmp_path / "rows.csv"
+    rows.write_text("review\na film\n")
+    for more in ((), ("--output", tmp_path / "out.csv")):
+        assert "no column 'text'" in fails(capsys, "predict", run, "--data", rows, *more)
+    rows.write_text("text\n")
+    assert "rows.csv holds no rows" in fails(capsys, "predict", run, "--data", rows)
+    columns = ("--template", "{premise} {hypothesis}", "--columns", "premise=premise,hypothesis=hypothesis")
+    message = fails(capsys, "predict", run, "a film", *columns)
+    assert "'a film': this run has several columns" in message
