@@ -45,8 +45,8 @@ def plan_memory(
     the allocator leaves unused between them.
 
     Raises:
-        UserError: no such model, one of an unknown type or whose adapter sites are not known, or a budget too small for
-            one probe.
+        UserError: no such model, one of an unknown type or whose adapter sites are not known, one whose forward cannot
+            be told without its numbers, or a budget too small for one probe.
     """
     import peft
     import torch
@@ -74,6 +74,9 @@ def plan_memory(
             adapted = peft.get_peft_model(model, TTConfig(rank=rank, bottleneck=bottleneck))
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
+    other = "" if dtype == "bfloat16" else "; --dtype bfloat16 may be"
+    with told_in_one_line(f"{name}: the memory of a forward in {dtype} is not known beforehand{other}"):
+        forward_bytes(adapted, 1, tokens, tt_model=adapted.base_model)  # experts: torch tells of no float32 for them
     rows = batch_size // groups_of(directions, batch_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if memory_budget is None and device == "cpu":

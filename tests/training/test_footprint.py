@@ -223,3 +223,22 @@ def test_the_command_tells_the_plan(tmp_path, capsys):
     code, out, err = main(capsys, *plan, "--tokens", 20, "--batch-size", 4, "--generated", 30)
     assert code == 0 and "keys, values" in out and "of generated answers" in out
     assert "too small for one probe" in fails(capsys, *plan, "--memory-budget", "1KiB")
+
+
+def test_a_family_that_looks_for_padding_is_planned(tmp_path):
+    families.build("gpt2", pad_token_id=0).config.save_pretrained(tmp_path)
+    assert plan_memory(tmp_path, bottleneck=8, tokens=20, batch_size=4)["forward"] > 0
+    model = families.build("gpt2", pad_token_id=0)
+    forward_bytes(model, 2, 10)
+    assert model.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_planned_in_bfloat16_and_refused_in_one_line_otherwise(tmp_path, capsys, family):
+    families.build(family).config.save_pretrained(tmp_path)
+    plan = ("info", "--plan", tmp_path, "--bottleneck", 8, "--tokens", 20, "--batch-size", 4)
+    for more in ((), ("--generated", 8), ("--scored", 2)):
+        message = fails(capsys, *plan, *more)
+        assert "the memory of a forward in float32 is not known beforehand; --dtype bfloat16 may be: " in message
+        code, out, err = main(capsys, *plan, *more, "--dtype", "bfloat16")
+        assert code == 0 and "peak of training" in out, err
