@@ -193,6 +193,8 @@ def load_base(
                 model, found = kinds.get(kind, AutoModelForCausalLM).from_pretrained(folder, **keywords)
                 begin = []
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if quantize == "int4" and place.type == "cpu" and stored == torch.float32:
+        say("--quantize int4: CPUs multiply 4 bits slowly in float32, --dtype bfloat16 is some ten times faster")
     new = _check_weights(name, found, begin)
     check_products(model, place.type)
     if quantize is not None and (left := left_plain(model, head_modules(model) if with_head else ()))[0]:
