@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 from .others import check_unwrapped
@@ -88,6 +89,12 @@ def check_arguments(args: TrainingArguments) -> None:
             asked.append(f"{field.name}={_text(value)}: {REFUSED[field.name]}")
     if asked:
         raise ValueError(f"TrainingArguments that ZOTrainer does not take: {'; '.join(asked)}")
+
+
+def check_one_gpu(args: TrainingArguments | None) -> None:
+    """Raise ValueError where transformers would spread every batch over several GPUs, before it makes a folder."""
+    if (args.n_gpu if args is not None else torch.cuda.device_count()) > 1:
+        raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
 
 
 def check_trainer_arguments(kind: type[Trainer], *args, **kwargs) -> None:

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from .batches import host, onto
 from .forwards import forward_of, is_compiled
 from .heads import Pooled
+from .prefix_identity import trains
 from .scoring import kind_of, language_model, model_inputs, scored_only, trunk_of
 from .tokens import looking
 from .tuner.layer import TTLayer
@@ -59,6 +60,7 @@ class BlockEnds:
         self.below: list[nn.Module] = []
         self.above: list[nn.Module] = []
         self._looked_at: list[int] | None = None
+        self._modules: list[nn.Module] = []  # of the trunk
         self._kept: dict[tuple, dict[int, torch.Tensor]] = {}  # by the rows of a forward: products of layers
         self._room = 0
 
@@ -73,7 +75,7 @@ class BlockEnds:
         self._look()
         self._room = keep
         with ExitStack() as stack:
-            if self.below and alike:
+            if self._shared(alike):
                 stack.enter_context(forward_of(trunk_of(self.model), self._once_per_row))
             if self.above:
                 token = scored_only.set(self._at_scored)
@@ -85,11 +87,15 @@ class BlockEnds:
         """Say what is left out, nothing where nothing is; ``alike`` as for :meth:`used`."""
         self._look()
         parts = []
-        if self.below and alike:
+        if self._shared(alike):
             parts.append(f"{len(self.below)} before the first adapter run once per example")
         if self.above:
             parts.append(f"{len(self.above)} of the last block at scored tokens only")
         return "linear layers: " + ", ".join(parts) if parts else ""
+
+    def _shared(self, alike: bool) -> bool:
+        """Whether :attr:`below` multiply a row once: not in training mode, where dropout is drawn for every probe."""
+        return bool(self.below) and alike and not any(map(trains, self._modules))
 
     @torch.compiler.disable  # it puts other forwards into modules that a compiler may be following
     def _once_per_row(self, forward: Callable, *args, **kwargs):
@@ -129,9 +135,9 @@ class BlockEnds:
         known = isinstance(language_model(self.model), (PreTrainedModel, Pooled))
         trunk = trunk_of(self.model) if known else None
         now = [id(trunk), *map(id, layers)]
-        if now == self._looked_at or trunk is None or trunk.training:
+        if now == self._looked_at or trunk is None or any(map(trains, trunk.modules())):
             return
-        self._looked_at, self.below, self.above = now, [], []
+        self._looked_at, self._modules, self.below, self.above = now, list(trunk.modules()), [], []
         if any(map(is_compiled, language_model(self.model).modules())):
             return
         token = looking.set(True)

@@ -10,13 +10,18 @@ from .batches import to_device
 from .data import row_tokens
 from .errors import UserError
 from .measures import Measures
+from .probes import check_mask
 
 
 def judge(loss, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return losses ``[B]``, scores ``[B, C]`` and the class ``[B]`` that would be right.
 
     A loss without ``scores`` (a completion) has two classes, wrong and right, and right is the right one.
+
+    Raises:
+        ValueError: a row without a token.
     """
+    check_mask(batch)
     if hasattr(loss, "scores"):
         scores, labels = loss.scores(model, batch), batch["labels"]
         return F.cross_entropy(scores, labels, reduction="none"), scores, labels

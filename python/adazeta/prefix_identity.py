@@ -33,7 +33,7 @@ def frozen_tensors(backbone: nn.Module, blocks: str, first: int) -> Iterator[tup
     for name, module in backbone.named_modules():
         if _above(name, blocks, first):
             continue
-        if _trains(module):
+        if trains(module):
             raise CannotShare(f"{name or 'the model'} is in training mode; call model.eval()")
         if isinstance(module, BaseTunerLayer) and (active := _active(module)):
             raise CannotShare(f"the adapter {active[0]!r} is active in {name}")
@@ -95,7 +95,7 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing has changed since this was made."""
         return (
-            not any(map(_trains, self._modules))
+            not any(map(trains, self._modules))
             and all(own.get(key) is one for own, key, one in self._held)
             and all(len(own) == size for own, size in self._sizes)
             and all(_active(module) == active for module, active in self._tuners)
@@ -124,7 +124,7 @@ def _above(name: str, blocks: str, first: int) -> bool:
     return name.startswith(f"{blocks}.") and int(name[len(blocks) + 1 :].split(".")[0]) >= first
 
 
-def _trains(module: nn.Module) -> bool:
+def trains(module: nn.Module) -> bool:
     """Whether a module may compute at random: in training mode, and more than a place for an adapter's parts."""
     return module.training and not isinstance(module, (BaseTunerLayer, nn.ModuleDict, nn.ParameterDict))
 

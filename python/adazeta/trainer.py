@@ -19,7 +19,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from .arguments import check_arguments, check_trainer_arguments
+from .arguments import check_arguments, check_one_gpu, check_trainer_arguments
 from .batches import onto
 from .config import ZOConfig
 from .distributed import Ranks, open_journal
@@ -35,6 +35,7 @@ from .model_card import NAME as CARD_NAME
 from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
 from .privacy import PoissonBatches, check_batches
+from .probes import check_mask
 from .quantized import all_finite, trains_adapters
 from .scoring import kind_of
 
@@ -93,6 +94,7 @@ class ZOTrainer(Trainer):
         check_trainer_arguments(type(self), model, args, *rest, **kwargs)
         if args is not None:
             check_arguments(args)
+        check_one_gpu(args)
         if loss in (None, lm_loss) and model is not None:
             kind_of(model)  # without a language-model head there is no such loss
         self.zo = zo or ZOConfig()
@@ -105,8 +107,6 @@ class ZOTrainer(Trainer):
             super().__init__(model, args, *rest, **kwargs)
         # A parameter that is perturbed where it lies would otherwise be read as it was at the first probe.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        if self.args.n_gpu > 1:
-            raise ValueError("ZOTrainer does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES")
         processes = max(self.args.world_size, int(os.environ.get("WORLD_SIZE", "1")))
         if processes > 1 and ranks is None:
             raise ValueError(
@@ -301,6 +301,7 @@ class ZOTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         model.eval()
+        check_mask(inputs)
         inputs = self._prepare_inputs(inputs)
         loss = getattr(self.loss, "stands_for", None) or self.loss
         with self.compute_loss_context_manager():

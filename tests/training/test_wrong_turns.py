@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
+from test_trainer import trainer
 from tiny import lm_batch, tiny_adapted, tiny_llama
 from transformers import LlamaForSequenceClassification, TrainingArguments
 
 from adazeta import TTConfig, ZerothOrder, ZOTrainer
-from adazeta.losses import lm_loss
+from adazeta.evaluate import judge
+from adazeta.losses import Completion, lm_loss
 
 
 def test_parameters_in_place_of_the_model():
@@ -132,8 +134,28 @@ def test_a_group_of_parameters_added_later():
     assert len(opt.param_groups) == 1
 
 
-def test_a_row_without_a_token():
+def test_a_row_without_a_token(tmp_path):
+    """In a step, and in evaluations, where its loss would go into the mean."""
     batch = lm_batch()
     batch["attention_mask"][2] = 0
-    with pytest.raises(ValueError, match="row 2 of the batch has no token, its attention_mask is all zeros"):
+    told = "row 2 of the batch has no token, its attention_mask is all zeros"
+    with pytest.raises(ValueError, match=told):
         ZerothOrder(tiny_adapted(1)).estimate(lm_loss, batch)
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(4)]
+    for loss in (None, lambda model, batch: lm_loss(model, batch)):
+        with pytest.raises(ValueError, match=told):
+            trainer(tmp_path, loss=loss).evaluate(rows)
+    with pytest.raises(ValueError, match=told):
+        judge(Completion(), tiny_adapted(1), batch)
+
+
+def test_several_gpus_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="does not use DataParallel; show it one GPU with CUDA_VISIBLE_DEVICES"):
+        trainer(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="does not use DataParallel"):
+        ZOTrainer(model=tiny_adapted(1))
+    assert not list(tmp_path.iterdir())
