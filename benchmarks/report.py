@@ -5,7 +5,8 @@
 By default of the newest result under benchmarks/results, into docs/performance.md. Of several results all cases are
 taken together; of a case that is in more than one, the last.
 What stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, for NAME machine and those of `COLUMNS`;
-everything else on the page is written by hand; a table is replaced whole. Whole steps also make a plot beside the page,
+everything else on the page is written by hand. A table is replaced whole, for the line above it says where and when its
+rows were taken: results that lack one of them are refused. Whole steps also make a plot beside the page,
 `images/step-cost.png` (for a page `performance-NAME.md` `images/step-cost-NAME.png`).
 """
 
@@ -150,13 +151,27 @@ def replace(page, name, text):
     """The page with `text` between the markers of `name`.
 
     Raises:
-        ValueError: the page has not exactly one pair of them.
+        ValueError: the page has not exactly one pair of them, or a table there has rows that `text` lacks.
     """
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"expected one {begin} and one {end} in {PAGE.name}")
     before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    old, after = rest.split(end)
+    if lost := cases_in(old) - cases_in(text):
+        raise ValueError(
+            f"the results lack rows of the table {name}: {', '.join(sorted(lost))}; name the files that hold them too, "
+            "or take the rows of cases that are gone off the page"
+        )
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def cases_in(text):
+    """What tells the rows of a table apart: case, dtype and threads."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    headings = rows[0] if rows else []
+    columns = [headings.index(name) for name in ("case", "dtype", "threads") if name in headings]
+    return {" ".join(row[column] for column in columns) for row in rows[2:]}
 
 
 def main():
@@ -173,11 +188,14 @@ def main():
     results = [json.loads(path.read_text()) for path in paths]
     target = pages[-1] if pages else PAGE
     every = together(results)
-    page = replace(target.read_text(), "machine", machine(results))
-    for op, columns in COLUMNS.items():
-        benchmarks = [benchmark for benchmark in every if op_of(benchmark) == SOURCE.get(op, op)]
-        if benchmarks:
-            page = replace(page, op, table(benchmarks, columns))
+    try:
+        page = replace(target.read_text(), "machine", machine(results))
+        for op, columns in COLUMNS.items():
+            benchmarks = [benchmark for benchmark in every if op_of(benchmark) == SOURCE.get(op, op)]
+            if benchmarks:
+                page = replace(page, op, table(benchmarks, columns))
+    except ValueError as error:
+        sys.exit(f"{target.name} stays as it is: {error}")
     target.write_text(page)
     steps = [benchmark["extra_info"] for benchmark in every if op_of(benchmark).startswith("step")]
     if steps:

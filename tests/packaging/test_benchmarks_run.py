@@ -32,7 +32,8 @@ def test_benchmarks_run_and_record(tmp_path):
     check_steps([record["extra_info"] for record in records if record["extra_info"].get("op") == "step"])
 
     page = tmp_path / "performance.md"
-    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines(keepends=True)
+    page.write_text("".join(line for line in lines if not line.startswith("| `")))  # tables without rows
     # A case alone, measured again: the table keeps the others.
     again, whole = tmp_path / "again.json", json.loads(result.read_text())
     step = next(record for record in whole["benchmarks"] if record["extra_info"].get("op") == "step")
