@@ -21,7 +21,7 @@ from adazeta.probe_tokens import evaluate_probe_tokens
 from adazeta.probes import Plan, tokens_of
 from adazeta.tokens import looking
 
-LITTLE = 300_000  # bytes: fewer probes than the tokens would allow, more than one
+LITTLE = 600_000  # bytes: fewer probes than the tokens would allow, more than one
 SIGNS = (1.0, -1.0)
 
 

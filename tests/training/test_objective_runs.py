@@ -118,7 +118,8 @@ def test_a_function_of_ones_own_gets_better(folder, capsys):
 
 def test_a_stored_run_runs_no_file(folder, capsys):
     """The card of a run names a file; --resume alone does not run it."""
-    (folder / "stopped.partial").mkdir()
+    (folder / "stopped.partial" / "checkpoint-1").mkdir(parents=True)
+    (folder / "stopped.partial" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
     (folder / "evil.py").write_text("raise SystemExit('was run')\n")
     card = {"settings": {"objective": f"{folder / 'evil.py'}:score"}}
     (folder / "stopped.partial" / "adazeta.json").write_text(json.dumps(card))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
@@ -59,19 +60,21 @@ def _predict(arguments) -> int:
         check_output(Path(arguments.output), arguments.overwrite)
     data = data_settings(arguments, [*DATA, MAX_NEW_TOKENS])
     size = resolve(vars(arguments), EVALUATION)["batch_size"]
-    settings = {"batch_size": size, "max_new_tokens": data["max_new_tokens"], "say": say}
+    told = cache(say)  # rows are read twice, and told of once
+    settings = {"batch_size": size, "max_new_tokens": data["max_new_tokens"], "say": told}
     check_data(given)
     stay_offline(given)
-    classifier = opened(arguments, named_task(arguments))
-    fields = replace(fields_of(data, classifier.task), label=None, skip=())
-    split = arguments.split or "test"
+    task, split = named_task(arguments), arguments.split or "test"
+    fields = replace(fields_of(data, task), label=None, skip=())
+    _check_asked(given, arguments.text, split, fields, told)
+    classifier = opened(arguments, task)
     if arguments.output is not None:
         place = {"split": split, "overwrite": arguments.overwrite}
         count = predict_file(classifier, given, arguments.output, fields, **place, **settings)
         say(f"{count:,} rows written to {arguments.output}")
         return 0
     piped = (1 if sys.stdin.isatty() else size) if "-" in arguments.text else None  # who writes a line wants an answer
-    asked = _rows(given, split, fields) if given is not None else _texts(arguments.text, fields)
+    asked = _rows(given, split, fields, told) if given is not None else _texts(arguments.text, fields)
     count = 0
     for example, _, answer in stream(classifier, asked, at_once=piped, **settings):
         _print(arguments.json, example, answer)
@@ -79,6 +82,15 @@ def _predict(arguments) -> int:
     if not count:
         raise UserError("no text to label: give it in quotation marks, or '-' and one text a line")
     return 0
+
+
+def _check_asked(given: str | None, texts: list[str], split: str, fields, say: Callable[[str], None]) -> None:
+    """Raise UserError for a column that the rows lack, no rows, or a text that is no row: before a model is opened."""
+    if given is None:
+        for _ in _texts([text for text in texts if text != "-"], fields):
+            pass
+    elif not Path(given).is_fifo() and next(_rows(given, split, fields, say), None) is None:
+        raise UserError(f"{given} holds no rows: give at least one below the header")
 
 
 def _print(as_json: bool, example, answer) -> None:
@@ -91,7 +103,7 @@ def _print(as_json: bool, example, answer) -> None:
     print(json.dumps({"text": example.content, **values}, ensure_ascii=False) if as_json else line, flush=True)
 
 
-def _rows(source: str, split: str, fields) -> Iterator[tuple]:
+def _rows(source: str, split: str, fields, say: Callable[[str], None]) -> Iterator[tuple]:
     """Yield the examples in the rows of a source."""
     from ..examples import example_of
     from ..rows import read_rows
