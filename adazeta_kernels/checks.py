@@ -12,7 +12,7 @@ from operator import attrgetter, index
 import torch
 
 from adazeta_kernels.derivatives import carries_tangent
-from adazeta_kernels.dispatch import PlainTensors, of_known_classes
+from adazeta_kernels.dispatch import ReadTensors, of_known_classes
 from adazeta_kernels.layout import TTAdapterLayout
 
 ACTS = ("relu", "gelu", "silu", "tanh", "identity")
@@ -140,22 +140,22 @@ def finite_scales(op: str, scales: torch.Tensor) -> None:
             raise ValueError(f"{op}: scales must be finite in float32, got {value} at position {position}")
 
 
-def writable_list(op: str, params: list[torch.Tensor], start: int) -> list[torch.Tensor]:
+def writable_list(op: str, params: list[torch.Tensor], start: int) -> ReadTensors:
     """The tensors, all of which can be written and share no memory. C++ looks where it can, in a tenth of the time."""
-    plain = plain_list(params)
-    if plain is None:
+    params = read(params)
+    if params.native is None:
         writable(op, params, start)
         no_overlap(op, params)
-        return params
-    index_end(op, start, plain.native.numel)
-    return plain
+    else:
+        index_end(op, start, params.native.numel)
+    return params
 
 
-def plain_list(params: list[torch.Tensor]) -> PlainTensors | None:
-    """`native.plain_tensors` of a list that may have been looked at before."""
+def read(params: list[torch.Tensor]) -> ReadTensors:
+    """`native.read_tensors` of a list that may have been read before."""
     from adazeta_kernels.backends import native  # not at import, which stays free of the extension
 
-    return params if isinstance(params, PlainTensors) else native.plain_tensors(params)
+    return params if isinstance(params, ReadTensors) else native.read_tensors(params)
 
 
 def index_end(op: str, start: int, numel: int) -> None:

@@ -182,10 +182,11 @@ def reference(op: str) -> Callable:
     return getattr(_reference, op)
 
 
-class PlainTensors(list):
-    """Tensors fit to be written in place: float32, bfloat16 or float16, contiguous, on one device, none sharing memory.
+class ReadTensors(list):
+    """Tensors that C++ has looked at, once for the checks and the kernel.
 
-    `native` is the list as C++ holds it, read once for the checks and the kernel.
+    `native` is the list as C++ holds it: all are fit to be written in place, which is float32, bfloat16 or float16,
+    contiguous, on one device, none sharing memory. None where they are not, or where C++ cannot tell.
     """
 
     def __init__(self, params: list[torch.Tensor], native):
@@ -195,7 +196,7 @@ class PlainTensors(list):
 
 def of_known_classes(values: list) -> bool:
     """Whether each value is a tensor or a parameter, and of no class of its own. C++ has asked that of plain ones."""
-    return isinstance(values, PlainTensors) or set(map(type, values)) <= _CLASSES
+    return getattr(values, "native", None) is not None or set(map(type, values)) <= _CLASSES
 
 
 def plain(tensors, *args) -> bool:

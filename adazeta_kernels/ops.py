@@ -109,7 +109,7 @@ def perturb_(
         raise ValueError("perturb_: params is an empty list, expected at least one tensor")
     params = list(params)
     if not torch.compiler.is_compiling():  # which C++ cannot follow
-        params = checks.plain_list(params) or params
+        params = checks.read(params)
     checks.are_tensors("perturb_", "params", params)
     seeds, scales = checks.seeds_to_tensor("perturb_", seeds), checks.scales_to_tensor("perturb_", scales)
     offset, decay = checks.offset("perturb_", offset), checks.finite("perturb_", "decay", decay)

@@ -14,7 +14,7 @@ from adazeta_kernels.backends.native_cuda import DISTRIBUTIONS as _DISTRIBUTIONS
 from adazeta_kernels.backends.native_cuda import DTYPES as _DTYPES
 from adazeta_kernels.backends.native_cuda import dense_rows as _dense_rows
 from adazeta_kernels.backends.native_cuda import tensor_lists as _tensor_lists
-from adazeta_kernels.dispatch import PlainTensors
+from adazeta_kernels.dispatch import ReadTensors
 from adazeta_kernels.layout import TTAdapterLayout
 
 try:
@@ -74,14 +74,14 @@ def supports(
     return "a map of rank 0 has no native kernel" if rank == 0 else None
 
 
-def plain_tensors(params: list[torch.Tensor]) -> PlainTensors | None:
-    """The tensors if they are plain; None where any is not, or where that is not known: a Python check then tells."""
+def read_tensors(params: list[torch.Tensor]) -> ReadTensors:
+    """The tensors, and how C++ holds them if they are plain. Where one is not, or C++ cannot tell, Python looks."""
     if _native is None or _EXCHANGE is None:
-        return None
+        return ReadTensors(params, None)
     read = _native.read_tensors(params, _CLASSES, _EXCHANGE)
-    if read is None or any(map(_freed_or_negated, map(params.__getitem__, read.doubtful))) or read.overlap():
-        return None
-    return PlainTensors(params, read)
+    if read and (any(map(_freed_or_negated, map(params.__getitem__, read.doubtful))) or read.overlap()):
+        read = None
+    return ReadTensors(params, read)
 
 
 def _freed_or_negated(tensor):
@@ -125,7 +125,7 @@ def perturb_(
         return native_cuda.perturb_(params, seeds, scales, offset, decay, distribution)
     seeds, scales = seeds.contiguous(), scales.contiguous()
     _native.perturb(
-        params.native if isinstance(params, PlainTensors) else _native.TensorList(*_tensor_lists(params)),
+        getattr(params, "native", None) or _native.TensorList(*_tensor_lists(params)),
         seeds.data_ptr(),
         scales.data_ptr(),
         seeds.numel(),

@@ -1,5 +1,7 @@
 """perturb_ and perturb_rows: the bits of the reference, for any list, dtype, offset, level, threads and split."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import DISTRIBUTIONS, DTYPES, bits, same
@@ -79,7 +81,7 @@ def test_tensors_are_read_by_native_code_or_python(monkeypatch):
     for exchange in (native._EXCHANGE, None):
         monkeypatch.setattr(native, "_EXCHANGE", exchange)
         copies = [p.clone() for p in params]
-        assert (native.plain_tensors(copies) is None) == (exchange is None)
+        assert (native.read_tensors(copies).native is None) == (exchange is None)
         perturb_(copies, [5, 6], [1e-2, -2e-2], offset=11, backend="native")
         results.append(copies)
     assert all(map(same, *results))
@@ -112,8 +114,17 @@ UNFIT = {
 @pytest.mark.parametrize("kind", UNFIT)
 def test_what_is_not_plain_is_left_to_python(kind):
     first = torch.zeros(10)
-    assert native.plain_tensors([first]) is not None
-    assert native.plain_tensors([first, UNFIT[kind](first)]) is None
+    assert native.read_tensors([first]).native is not None
+    assert native.read_tensors([first, UNFIT[kind](first)]).native is None
+
+
+def test_a_list_is_read_once_where_it_is_not_plain_too(monkeypatch):
+    lists = []
+    read = native._native.read_tensors
+    monkeypatch.setattr(native, "_native", SimpleNamespace(read_tensors=lambda *a: lists.append(a) or read(*a)))
+    with pytest.raises(ValueError, match="tensor 1 of shape .4,. is not contiguous"):
+        perturb_([torch.zeros(10), UNFIT["strided"](None)], [1], [0.1])
+    assert len(lists) == 1
 
 
 def test_any_number_of_threads():
