@@ -3,7 +3,8 @@
     h = project(x, left)                     (tokens, d) (d, rank), one pass over x
     y = expand: base + h right + bias        (tokens, rank) (rank, d), one pass over base and y
 
-Blocks are padded with zeros to RANK columns: a power of two of at least 16, the least depth of a tensor core.
+Blocks are padded with zeros to RANK columns: a power of two of at least 16, the least depth of a tensor core. An
+infinite number times a zero of that padding is NaN, so what pads a result is set to zero once it is summed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def project(
         x0, x1, x2 = parts_of(block, DTYPE)
         l0, l1, l2 = parts(factor)
         h += product(x0, x1, x2, l0, l1, l2, 3 if DTYPE == FLOAT32 else (2 if DTYPE == FLOAT16 else 1))
-    return h
+    return tl.where(ranks < rank, h, 0.0)
 
 
 @helper

@@ -55,12 +55,12 @@ def narrow_part(
         u = product(h0, h1, h2, r0, r1, r2, 3)
         if BIAS:
             u += tl.load(bias + k, mask=inside, other=0.0)[None, :]
-        u0, u1, u2 = parts(activate(u, ACT))
-        # Beyond the bottleneck u may be anything finite: these rows of left are zeros.
+        # Activations of 0 are 0. Masked behind them instead, one variant spills on sm_100.
+        u0, u1, u2 = parts(activate(tl.where(inside[None, :], u, 0.0), ACT))
         factor = tl.load(left + k[:, None] * rank_up + ups, mask=inside[:, None] & (ups < rank_up), other=0.0)
         l0, l1, l2 = parts(factor)
         g += product(u0, u1, u2, l0, l1, l2, 3)
-    return g
+    return tl.where(ups < rank_up, g, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "bottleneck", "rank_down", "rank_up", "factor_stride"])

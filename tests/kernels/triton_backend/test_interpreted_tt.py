@@ -11,6 +11,7 @@ from kernel_cases import (
     EPS,
     LAYOUTS,
     adapter_inputs,
+    alone,
     assert_activations,
     assert_infinities,
     dtype_id,
@@ -229,6 +230,28 @@ def test_infinities_and_nan_stay_in_their_rows():
             assert torch.equal(y[0, 3].isnan(), plain[0, 3].isnan()) and not y[0, 3].isfinite().any()
             others = torch.arange(20) != 3
             assert torch.equal(y[0, others], clean[0, others])
+
+
+def test_infinite_hidden_values_do_not_meet_the_zeros_that_pad_ranks():
+    def adapted(act, values):
+        x, factors, layout = alone(values)
+        return backend.tt_adapter(x, factors, layout, act, 1.0)[:, 0, 0]
+
+    with np.errstate(all="ignore"):  # the interpreter is numpy
+        assert_infinities(adapted)
+        for layout in (LAYOUTS["77-6-r4"], LAYOUTS["576-64-r5"]):
+            x, factors = adapter_inputs(layout, 1, 5, torch.float32)
+            x, factors = x.abs() + 0.1, factors.abs() + 0.1
+            x[0, 2, 0] = float("inf")
+            *_, bias, _, _, _ = layout.split_factors(factors)
+            bias[0, 1] = 3e38  # which overflows where it is multiplied
+            for forced in ({}, {"configuration": TILES, "shares": 2}):
+                assert backend.tt_adapter(x, factors, layout, "relu", 1e3, **forced).isposinf().all()
+        x, base, left, right, bias = (t.abs() + 0.1 for t in low_rank_inputs(1, 5, 77, 13, 83, torch.bfloat16))
+        x[0, 2, 0] = float("inf")
+        y = backend.tt_linear(x, left, right, bias)
+        assert y[:, 2].isposinf().all() and y[:, 3].isfinite().all()
+        assert backend.low_rank_linear(x, base, left, right, -0.3)[:, 2].isneginf().all()
 
 
 @triton.jit
