@@ -95,9 +95,20 @@ def test_the_guide_aims_at_a_function(tmp_path):
     assert 1 <= names["loss"] < 1.2  # nothing right yet, and a hundredth for each letter
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/guide.md", "docs/tasks.md", "docs/experiments.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-)
-def test_code_blocks_are_closed(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_are_closed_and_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
