@@ -13,10 +13,11 @@ clipped sum over a Poisson sample.
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import DataLoader
 
 from .errors import SettingError, UserError
 
@@ -158,8 +159,12 @@ class PoissonBatches:
             yield [index for index in range(examples) if _SECRET.randrange(examples) < batch_size]
 
 
-def check_batches(privacy: Privacy, args, dataset) -> None:
-    """Check that the Trainer's batches are those that ``privacy`` counts on; a ``SettingError`` says what not."""
+def private_loader(privacy: Privacy, args, dataset: Sized, collate: Callable[[list], dict]) -> DataLoader:
+    """Return the Trainer's loader of :class:`PoissonBatches`; a batch without an example is ``{}``.
+
+    Raises:
+        SettingError: ``args`` and ``dataset`` give other batches than those that ``privacy`` counts on.
+    """
     found = args.per_device_train_batch_size, len(dataset)
     if found != (privacy.batch_size, privacy.examples):
         raise SettingError(
@@ -171,6 +176,12 @@ def check_batches(privacy: Privacy, args, dataset) -> None:
             f"a private step has one batch, got gradient_accumulation_steps={args.gradient_accumulation_steps}; take a "
             "larger batch instead, a forward holds as much of it as memory allows"
         )
+    return DataLoader(
+        dataset,
+        batch_sampler=PoissonBatches(privacy),
+        collate_fn=lambda rows: collate(rows) if rows else {},
+        num_workers=args.dataloader_num_workers,
+    )
 
 
 def _normal() -> float:

@@ -34,7 +34,7 @@ from .memory import MIB, peak_bytes
 from .model_card import NAME as CARD_NAME
 from .model_card import describe_trainer, model_card
 from .optimizer import ZerothOrder
-from .privacy import PoissonBatches, check_batches
+from .privacy import private_loader
 from .probes import check_mask
 from .quantized import all_finite, trains_adapters
 from .scoring import kind_of
@@ -179,23 +179,12 @@ class ZOTrainer(Trainer):
         # Batches come from their loader on the CPU: their integers then keep a twin there (adazeta.batches).
         placement, self.accelerator.device_placement = self.accelerator.device_placement, False
         try:
-            return self._train_loader()
+            if self.zo.privacy is None:
+                return super().get_train_dataloader()
+            loader = private_loader(self.zo.privacy, self.args, self.train_dataset, self.data_collator)
+            return self.accelerator.prepare(loader)
         finally:
             self.accelerator.device_placement = placement
-
-    def _train_loader(self):
-        privacy = self.zo.privacy
-        if privacy is None:
-            return super().get_train_dataloader()
-        check_batches(privacy, self.args, self.train_dataset)
-        collate = self.data_collator
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=PoissonBatches(privacy),
-            collate_fn=lambda rows: collate(rows) if rows else {},
-            num_workers=self.args.dataloader_num_workers,
-        )
-        return self.accelerator.prepare(loader)
 
     def _prepare_input(self, data):
         return onto(data, self.args.device) if torch.is_tensor(data) else super()._prepare_input(data)
