@@ -18,6 +18,7 @@ import torch
 from adazeta import ZerothOrder
 from adazeta.auto import calibrate, run_of
 from adazeta.evaluate import judge
+from adazeta.head_depth import settle_depth
 from adazeta.options import TRAIN, resolve
 from adazeta.prepare import load_data, new_classifier, settle, zo_config
 from adazeta.progress import progress_bar
@@ -43,6 +44,7 @@ class Bench:
         splits, self.settings = load_data(settle(settings, print), print)
         torch.set_num_threads(self.settings["threads"])
         self.examples = splits["train"][:train]
+        self.settings = settle_depth(self.settings, self.examples, PRESET, print)
         self.classifier = new_classifier(self.settings, PRESET, print)
         self.loss, self.collate = self.classifier.loss(), self.classifier.collator()
         self.train = self.classifier.encode(self.examples)

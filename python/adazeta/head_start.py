@@ -10,6 +10,9 @@ with ``s^2`` the mean square of ``h`` less its mean (of ``h`` itself for a layer
 examples have the least loss on the last fifth, over all five. Zeroth-order steps go on from there, on adapters and head
 together: what they would need most of their queries for is there when they begin.
 
+A head that weighs tokens (:class:`adazeta.heads.Pooled`) begins where those weights are fitted with it
+(:mod:`adazeta.attention_regression`).
+
 Numerics: features and fit in float32; the bits depend on the number of threads, as those of any product. A run's
 journal keeps the numbers it begins with.
 """
@@ -33,8 +36,9 @@ from adazeta.scoring import language_model
 from adazeta.tasks import HeadTask
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-#: Most examples that are looked at.
+#: Most examples that are looked at, and most numbers of hidden states that are kept of them, where tokens are weighed.
 MOST_ROWS = 4096
+MOST_NUMBERS = 1 << 26
 FOLDS = 5
 
 
@@ -58,18 +62,19 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
     if len(rows) < FOLDS:
         return None
     last = _last_layer(classifier.model, len(classifier.task.labels))
+    if (scores := getattr(language_model(classifier.model), "token_scores", None)) is not None:
+        return _fit_attention(classifier, _trained_linears(scores)[0], last, rows, batch_size, progress)
     features, labels = _features(classifier, last, rows, batch_size, progress)
     if not torch.isfinite(features).all():
         return None
     biased = last.bias is not None
-    problems = [(last.out_features, penalty, biased) for penalty in PENALTIES]
-    losses = [_held_out_loss(features, labels, *problem) for problem in problems]
-    weight, bias = logistic_regression(features, labels, *problems[losses.index(min(losses))])
+    penalty, loss = best_penalty(features, labels, last.out_features, biased)
+    weight, bias = logistic_regression(features, labels, last.out_features, penalty, biased)
     with torch.no_grad():
         last.weight.copy_(weight)
         if biased:
             last.bias.copy_(bias)
-    return min(losses)
+    return loss
 
 
 def starts_fitted(settings: Mapping[str, Any]) -> bool:
@@ -124,7 +129,15 @@ def logistic_regression(
         return weight, bias - weight @ mean
 
 
-def _held_out_loss(features: torch.Tensor, labels: torch.Tensor, *problem) -> float:
+def best_penalty(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, biased: bool = True
+) -> tuple[float, float]:
+    """Return the one of ``PENALTIES`` with the least mean loss on examples left out, and that loss."""
+    losses = [_left_out_loss(features, labels, classes, penalty, biased) for penalty in PENALTIES]
+    return PENALTIES[losses.index(min(losses))], min(losses)
+
+
+def _left_out_loss(features: torch.Tensor, labels: torch.Tensor, *problem) -> float:
     fold = torch.arange(len(labels)) % FOLDS
     total = 0.0
     for left_out in range(FOLDS):
@@ -137,18 +150,33 @@ def _held_out_loss(features: torch.Tensor, labels: torch.Tensor, *problem) -> fl
 def _last_layer(model: nn.Module, classes: int) -> nn.Linear:
     """Return the last linear layer of the head that trains."""
     inner = language_model(model)
-    found = [
-        layer
-        for name in head_modules(inner)
-        for layer in inner.get_submodule(name).modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == classes and layer.weight.requires_grad
-    ]
+    heads = map(inner.get_submodule, head_modules(inner))
+    found = [layer for head in heads for layer in _trained_linears(head) if layer.out_features == classes]
     if not found:
         raise UserError(
             f"--head-start fitted: the head of {type(inner).__name__} has no linear layer of {classes} classes at its "
             "end; use --head-start random"
         )
     return found[-1]
+
+
+def _trained_linears(module: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a module of the head that train: those of the adapter, not those it stands for."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad]
+
+
+def _fit_attention(classifier, scores: nn.Linear, last: nn.Linear, rows, batch_size: int, progress) -> float | None:
+    """Put the regression that weighs tokens in the place of ``scores`` and ``last``; return as :func:`fit_head`."""
+    from adazeta.attention_regression import best_regression
+
+    tokens = _tokens(classifier, rows, batch_size, progress)
+    if len(tokens.labels) < FOLDS or not torch.isfinite(tokens.states).all():
+        return None
+    found, loss = best_regression(tokens, last.out_features, FOLDS)
+    with torch.no_grad():
+        for parameter, value in zip((scores.weight, last.weight, last.bias), found):
+            parameter.copy_(value.view_as(parameter))
+    return loss
 
 
 @torch.no_grad()
@@ -166,3 +194,32 @@ def _features(classifier, last: nn.Linear, rows, batch_size: int, progress) -> t
             features[part], labels[part] = found, batch["labels"].cpu()
             progress(len(part))
     return features, labels
+
+
+@torch.no_grad()
+def _tokens(classifier, rows, batch_size: int, progress):
+    """Return the hidden states of the first rows, as many as ``MOST_NUMBERS`` hold, on the CPU."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    from adazeta.attention_regression import Tokens
+
+    model, kept = language_model(classifier.model), []
+
+    def keep(forward, **inputs):
+        states, real = model.states(**inputs)
+        kept.append((states[real].float().cpu(), real.sum(1).cpu(), batch["labels"].cpu()))
+        return SequenceClassifierOutput(logits=states.new_zeros(len(states), 1))
+
+    loss, collate, room = classifier.loss(), classifier.collator(), MOST_NUMBERS
+    width, device = model.config.hidden_size, next(model.parameters()).device
+    with forward_of(model, keep):
+        for first in range(0, len(rows), batch_size):
+            part = range(first, min(first + batch_size, len(rows)))
+            room -= width * sum(row_tokens(rows[index]) for index in part)
+            if room < 0 and first:
+                progress(len(rows) - first)
+                break
+            batch = to_device(collate([rows[index] for index in part]), device)
+            loss.scores(classifier.model, batch)
+            progress(len(part))
+    return Tokens(*map(torch.cat, zip(*kept)))

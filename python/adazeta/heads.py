@@ -9,7 +9,7 @@ class Pooled(nn.Module):
     """A linear layer on a mean of an encoder's hidden states at real tokens: ``logits = W sum_t w_t h_t + b``.
 
     With ``attention``, ``w = softmax_t(a . h_t)`` over a row's real tokens, where ``a`` trains and begins at 0: as the
-    plain mean, ``w_t = 1 / tokens``, which it is without.
+    plain mean, ``w_t = 1 / tokens``, which it is without. :mod:`adazeta.head_start` fits ``a``, ``W`` and ``b``.
 
     Args:
         encoder: a transformers model without a head.
@@ -33,12 +33,17 @@ class Pooled(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs):
         """Return the logits ``[rows, classes]`` of token ids ``[rows, tokens]``."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real = real.bool().unsqueeze(-1)
+        hidden, real = self.states(input_ids, attention_mask, **inputs)
+        real = real.unsqueeze(-1)
         scores = self.token_scores(hidden) if self.token_scores is not None else hidden.new_zeros(real.shape)
         weights = scores.masked_fill(~real, -torch.inf).softmax(1)
         return SequenceClassifierOutput(logits=self.classifier((hidden * weights).sum(1)))
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs):
+        """Return the hidden states ``[rows, tokens, hidden_size]``, and whether tokens are real, ``[rows, tokens]``."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return hidden, real.bool()
 
 
 def pooler_name(model: nn.Module) -> str | None:

@@ -39,6 +39,11 @@ def natural(value) -> int:
     return 0 if str(value).strip() == "0" else positive(value)
 
 
+def positive_or_auto(value) -> int | str:
+    """Read an integer above zero, or ``auto``."""
+    return value if value == "auto" else positive(value)
+
+
 def number_or_auto(value) -> float | str:
     """Read a number, or ``auto``."""
     return value if value == "auto" else float(value)

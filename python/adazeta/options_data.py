@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adazeta.kinds import boolean, escaped, integer, label_words, listed, mapping, positive
+from adazeta.kinds import boolean, escaped, integer, label_words, listed, mapping, positive, positive_or_auto
 from adazeta.option import Option
 
 DATA = [
@@ -94,6 +94,14 @@ TASK = [
         "head: own (the model's), mean (of the hidden states), or attention (a mean whose weights train)",
         "own",
         choices=("own", "mean", "attention"),
+        tasks=("head",),
+    ),
+    Option(
+        "depth",
+        positive_or_auto,
+        "head of --pooling mean or attention: blocks of the model that run, and behind which it reads; the others are "
+        "left out. auto: the number whose hidden states tell the training examples apart best",
+        shown="all",
         tasks=("head",),
     ),
     Option(

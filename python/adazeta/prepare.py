@@ -16,7 +16,7 @@ from adazeta.runs import Classifier, card_of
 from adazeta.tasks import ChoiceTask, HeadTask, LabelWordTask, Task, choose
 
 FROZEN = ("dtype", "gemm")  # settings of the frozen layers
-TRIED = (*FROZEN, "eps", "lr")  # settings that may be `auto`: what a trial on this machine finds
+TRIED = (*FROZEN, "depth", "eps", "lr")  # settings that may be `auto`: what a trial on this machine finds
 _ANY = ("0", "1")  # labels of a head before those of the data are known
 
 

@@ -289,6 +289,7 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
     import adazeta.trainer  # noqa: F401  libraries are loaded before memory is measured
     from adazeta.auto import resolve_auto
     from adazeta.demo import measure_memory, shown_sentences
+    from adazeta.head_depth import settle_depth
     from adazeta.head_start import start_head
     from adazeta.journal import NAME as JOURNAL
     from adazeta.model_card import NAME as MODEL_CARD
@@ -299,7 +300,7 @@ def _train(settings, preset, splits, aim: Aim, output: Path, partial: Path, *, r
 
     def begin(settings) -> tuple[Classifier, dict]:
         """Load the model; return it, and the settings with what trials on this machine found best."""
-        settings = settle_machine(settings, preset, say)
+        settings = settle_depth(settle_machine(settings, preset, say), splits["train"], preset, say)
         classifier = new_classifier(settings, preset, say)
         if not (resume and (partial / JOURNAL).is_file()):  # which has the numbers that the run began with
             start_head(classifier, splits["train"], settings, say)

@@ -1,5 +1,6 @@
 """Base models are loaded whole or not at all, but for a new head and what it reads through, which train."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from adazeta.runs import Classifier
 from adazeta.tasks import HeadTask
 
 HEAD = HeadTask(("bad", "fair", "good"))
+UPPER = r"\b(layers?|h)\.1\."  # in names of the second of two blocks
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,17 @@ def tokenizer(tmp_path_factory):
     """The folder of a tiny Llama, and its tokenizer."""
     folder = write_model(tmp_path_factory.mktemp("tokenizer") / "base")
     return folder, AutoTokenizer.from_pretrained(folder)
+
+
+def check_pooled(folder):
+    """A head on a mean alone trains, and ``depth`` leaves the upper blocks out and the others as they are."""
+    mean = load_base(folder, task=HeadTask(HEAD.labels, pooling="mean"))[0]
+    assert {name for name, p in mean.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    one = load_base(folder, task=HeadTask(HEAD.labels, pooling="mean", depth=1))[0]
+    stay = {name: p for name, p in mean.encoder.named_parameters() if re.search(UPPER, name) is None}
+    found = dict(one.encoder.named_parameters())
+    assert len(stay) < len(dict(mean.encoder.named_parameters())) and stay.keys() == found.keys()
+    assert all(torch.equal(p, found[name]) for name, p in stay.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,8 +47,11 @@ def test_every_family_is_whole(tokenizer, tmp_path, family):
     saved.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path))[0].state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.state_dict().items())
-    mean = load_base(str(tmp_path), task=HeadTask(HEAD.labels, pooling="mean"))[0]
-    assert {name for name, p in mean.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    if family == "t5":
+        with pytest.raises(UserError, match="--pooling mean: .* is an encoder-decoder"):
+            load_base(str(tmp_path), task=HeadTask(HEAD.labels, pooling="mean"))
+    else:
+        check_pooled(str(tmp_path))
     new, _ = load_base(str(tmp_path), task=HEAD)
     poolers = {name for name, p in new.named_parameters() if p.requires_grad and ".pooler." in name}
     assert len(poolers) == (2 if family == "bert" else 0)

@@ -256,8 +256,9 @@ def test_a_resumed_run_keeps_its_numbers(world, capsys, monkeypatch):
 
 
 def test_what_was_tried_when_a_run_began_stays():
-    auto = {"dtype": "auto", "gemm": "auto", "eps": "auto", "lr": "auto", "dp_epsilon": None, "dp_noise": None}
-    stored = {"dtype": "mixed", "gemm": "packed", "eps": 0.1, "lr": 0.2, "dp_epsilon": None, "dp_noise": None}
+    auto = {**dict.fromkeys(("dtype", "gemm", "depth", "eps", "lr"), "auto"), "dp_epsilon": None, "dp_noise": None}
+    stored = {"dtype": "mixed", "gemm": "packed", "depth": 4, "eps": 0.1, "lr": 0.2}
+    stored |= {"dp_epsilon": None, "dp_noise": None}
     assert as_before(auto, stored) == stored
     assert as_before({**auto, "gemm": "plain"}, stored)["gemm"] == "plain"
     assert as_before(auto, None) == auto  # nothing yet

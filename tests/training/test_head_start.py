@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adazeta import TTConfig
+from adazeta.attention_regression import best_regression
 from adazeta.data import Example
 from adazeta.errors import UserError
 from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head, starts_fitted
@@ -69,8 +70,8 @@ class Letters:
 
 
 def classifier(kind):
-    if kind == "mean":
-        base = Pooled(build("bert", AutoModel), len(CLASSES))
+    if kind in ("mean", "attention"):
+        base = Pooled(build("bert", AutoModel), len(CLASSES), attention=kind == "attention")
     else:
         base = build(kind, AutoModelForSequenceClassification, num_labels=len(CLASSES))
     config = TTConfig(rank=2, bottleneck=8, sites="paper", modules_to_save=head_modules(base))
@@ -86,7 +87,7 @@ def examples(rows=60):
     return [Example(f"{'xyzw' * (1 + n % 3)}{marks[CLASSES[n % 3]]}", CLASSES[n % 3]) for n in range(rows)]
 
 
-@pytest.mark.parametrize("kind", ["mean", "bert", "roberta", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["mean", "attention", "bert", "roberta", "llama", "gpt2"])
 def test_the_model_then_scores_what_was_fitted(kind):
     it, rows, done = classifier(kind), examples(), []
     before = it.evaluate(rows)
@@ -96,8 +97,24 @@ def test_the_model_then_scores_what_was_fitted(kind):
     assert sum(done) == len(rows)
     assert after["accuracy"] > max(0.9, before["accuracy"]) and max(held_out, after["loss"]) < before["loss"]
     changed = {name for name, value in it.model.state_dict().items() if not torch.equal(value, names[name])}
-    assert 1 <= len(changed) <= 2 and all("modules_to_save" in name for name in changed)
+    assert len(changed) in ((3,) if kind == "attention" else (1, 2)) and all(
+        "modules_to_save" in name for name in changed
+    )
     assert all("forward" not in vars(module) for module in it.model.modules())
+
+
+def test_of_weighed_tokens_as_many_are_kept_as_memory_allows(monkeypatch):
+    it, rows, done = classifier("attention"), examples(), []
+    tokens = sum(len(row.text) for row in rows[:21])
+    monkeypatch.setattr("adazeta.head_start.MOST_NUMBERS", tokens * it.model.config.hidden_size)
+    seen = []
+    monkeypatch.setattr(
+        "adazeta.attention_regression.best_regression",
+        lambda tokens, classes, folds: seen.append(tokens) or best_regression(tokens, classes, folds),
+    )
+    assert fit_head(it, rows, batch_size=7, progress=done.append) is not None
+    assert sum(done) == len(rows) and len(seen[0].states) == tokens and len(seen[0].labels) == 21
+    assert fit_head(it, examples(FOLDS - 1)) is None
 
 
 def test_too_few_examples_leave_it_alone(capsys):

@@ -12,6 +12,7 @@ from adazeta import cli
 from adazeta.base_models import architecture
 from adazeta.data import Example
 from adazeta.errors import UserError
+from adazeta.runs import Classifier
 from adazeta.tasks.head import HeadTask
 
 SMALL = ("--steps", 20, "--batch-size", 8, "--eps", 0.02, "--queries", 8, "--rank", 2, "--bottleneck", 8, "--layers", 1)
@@ -82,6 +83,7 @@ CASES = [
     ("encoder", "labels", RANDOM, "head", 0.03),
     ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
     ("encoder", "labels", (*RANDOM, "--pooling", "attention", "--layers", "0-1", "--steps", 40), "head", 0.01),
+    ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0", "--depth", 1, "--steps", 40), "head", 0.01),
     ("masked", "labels", (*RANDOM, "--task", "head", "--labels", "negative,positive"), "head", 0.03),
     ("causal", "labels", (*RANDOM, "--task", "head"), "head", 0.03),
     ("causal", "choices", ("--task", "choice"), "choice", 0.05),
@@ -120,6 +122,23 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
     assert code == 0 and "bit for bit" in out, err
     code, out, err = main(capsys, "info", run)
     assert code == 0 and kind in out
+
+
+def test_the_depth_that_is_found_stays_with_the_run(models, data, tmp_path, capsys):
+    run, files = tmp_path / "run", ("--model", models / "encoder", "--data", data / "labels.jsonl")
+    more = ("--pooling", "attention", "--depth", "auto", "--layers", 0, "--lr", 0.01, "--output", run)
+    code, out, err = main(capsys, "train", *files, *SMALL, *SETTLED, *more)
+    assert code == 0, err
+    card = json.loads((run / "adazeta.json").read_text())
+    depth = card["task"]["depth"]
+    assert depth == card["settings"]["depth"] and f"depth {depth} of 2 blocks: " in err
+    code, out, err = main(capsys, "predict", run, "a warm film", "--json", "--threads", 1)
+    assert code == 0, err
+    assert Classifier.open(str(run)).model.config.num_hidden_layers == depth
+    code, out, err = main(capsys, "replay", run)
+    assert code == 0 and "bit for bit" in out, err
+    code, out, err = main(capsys, "eval", run, "--data", data / "labels-dev.jsonl", "--depth", "auto")
+    assert code == 2 and "--depth auto is for a run that begins" in err
 
 
 def test_an_end_token_in_a_text_is_named(models):
@@ -169,6 +188,16 @@ def test_architectures(models, tmp_path):
         ("masked", "answers", ("--task", "completion"), "causal or encoder-decoder"),
         ("encoder", "labels", ("--task", "label-words"), "no language-model head"),
         ("encoder", "labels", ("--dtype", "bfloat16"), "needs float32"),
+        ("encoder", "labels", ("--depth", 1), "--depth is for --pooling mean or attention"),
+        ("encoder", "labels", ("--pooling", "mean", "--depth", 3), "--depth 3: "),
+        ("encoder", "labels", ("--pooling", "mean", "--depth", 0), "at least 1, got '0'"),
+        ("encoder", "labels", ("--pooling", "mean", "--depth", 1, "--layers", 1), "block"),
+        (
+            "encoder",
+            "labels",
+            ("--pooling", "mean", "--depth", "auto", "--dp-noise", 1),
+            "without noise: give a private",
+        ),
         ("encoder", "labels", ("--labels", "positive"), "at least two different labels"),
         ("encoder", "labels", ("--labels", "good,bad"), "label 'positive' is not one of 'good', 'bad'"),
         ("causal", "labels", ("--task", "choice"), "no column 'choices'"),

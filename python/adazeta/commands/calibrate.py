@@ -52,10 +52,11 @@ def _calibrate(arguments) -> int:
     from ..auto import calibrate
     from ..calibration_report import describe, draw
     from ..files import disk_errors
+    from ..head_depth import settle_depth
     from ..head_start import start_head
     from ..runs import write_json
 
-    settings = settle_machine(settings, preset, say)
+    settings = settle_depth(settle_machine(settings, preset, say), splits["train"], preset, say)
     classifier = new_classifier(settings, preset, say)
     start_head(classifier, splits["train"], settings, say)
     found = calibrate(

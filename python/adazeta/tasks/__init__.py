@@ -50,8 +50,8 @@ def choose(values: Mapping[str, Any], architecture: str) -> Task:
 
 
 def to_dict(task: Task) -> dict:
-    """Return the task as plain JSON values; :func:`from_dict` is its inverse."""
-    values = {field.name: getattr(task, field.name) for field in fields(task)}
+    """Return the task as plain JSON values, None left out; :func:`from_dict` is its inverse."""
+    values = {field.name: value for field in fields(task) if (value := getattr(task, field.name)) is not None}
     if isinstance(task, LabelWordTask):
         values["label_words"] = dict(task.label_words)
     return {"kind": task.kind, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
@@ -64,4 +64,4 @@ def from_dict(values: Mapping[str, Any]) -> Task:
         KeyError: an unknown kind, or a missing field.
     """
     task = TASKS[values.get("kind", LabelWordTask.kind)]
-    return task(**{field.name: values[field.name] for field in fields(task)})
+    return task(**{f.name: values[f.name] for f in fields(task) if f.name in values or f.default is not None})

@@ -23,12 +23,15 @@ class HeadTask:
         max_tokens: longest input in tokens; a longer text loses its end.
         pooling: ``"own"``, the head that ``transformers`` has for the model; ``"mean"``, a linear layer on the mean of
             the hidden states; or ``"attention"``, one on a mean whose weights train (:class:`adazeta.heads.Pooled`).
+        depth: blocks of the model that run, for the two means: the head reads the hidden states behind the last of
+            them. None is all; ``"auto"``, before a run begins, the number that :mod:`adazeta.head_depth` finds.
     """
 
     labels: tuple[str, ...]
     template: str = "{text}"
     max_tokens: int = 256
     pooling: str = "own"
+    depth: int | str | None = None
     kind: ClassVar[str] = "head"
 
     def __post_init__(self):
@@ -38,6 +41,8 @@ class HeadTask:
             raise UserError(f"a head needs at least two different labels, got {list(self.labels)}")
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.depth is not None and self.pooling == "own":
+            raise UserError("--depth is for --pooling mean or attention: the model's own head reads behind all blocks")
 
     def loss(self, model, tokenizer):
         """Return the fp32 loss per row, :class:`adazeta.losses.HeadScores`."""
