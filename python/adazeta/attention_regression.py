@@ -16,6 +16,7 @@ Numerics: float32; the bits depend on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,17 +97,22 @@ def logits_of(tokens: Tokens, a: torch.Tensor, weight: torch.Tensor, bias: torch
     return bias + a.new_zeros(count, len(bias)).index_add_(0, examples, w[:, None] * (tokens.states @ weight.T))
 
 
-def best_regression(tokens: Tokens, classes: int, folds: int) -> tuple[tuple[torch.Tensor, ...], float]:
+def best_regression(
+    tokens: Tokens, classes: int, folds: int, progress: Callable[[int], object] = lambda done: None
+) -> tuple[tuple[torch.Tensor, ...], float]:
     """Return the regression with the penalty that is best on left-out examples, and their mean loss.
 
     ``PENALTIES`` are tried from the strongest on until one is worse than the one before: weak ones take long.
+    ``progress`` is told of those that are done, in the end of all.
     """
     best, penalty = float("inf"), PENALTIES[0]
-    for candidate in PENALTIES:
+    for number, candidate in enumerate(PENALTIES):
         loss = _left_out_loss(tokens, classes, candidate, folds)
         if not loss < best:
+            progress(len(PENALTIES) - number)
             break
         best, penalty = loss, candidate
+        progress(1)
     return attention_regression(tokens, classes, penalty), best
 
 

@@ -167,12 +167,13 @@ def _trained_linears(module: nn.Module) -> list[nn.Linear]:
 
 def _fit_attention(classifier, scores: nn.Linear, last: nn.Linear, rows, batch_size: int, progress) -> float | None:
     """Put the regression that weighs tokens in the place of ``scores`` and ``last``; return as :func:`fit_head`."""
-    from adazeta.attention_regression import best_regression
+    from adazeta.attention_regression import PENALTIES, best_regression
 
     tokens = _tokens(classifier, rows, batch_size, progress)
     if len(tokens.labels) < FOLDS or not torch.isfinite(tokens.states).all():
         return None
-    found, loss = best_regression(tokens, last.out_features, FOLDS)
+    with progress_bar(len(PENALTIES), "weigh tokens", "penalties") as bar:
+        found, loss = best_regression(tokens, last.out_features, FOLDS, bar.update)
     with torch.no_grad():
         for parameter, value in zip((scores.weight, last.weight, last.bias), found):
             parameter.copy_(value.view_as(parameter))

@@ -83,7 +83,9 @@ def test_penalties_from_the_strongest_on_until_one_is_worse(monkeypatch):
     losses = {penalty: module._left_out_loss(tokens, 3, penalty, 4) for penalty in module.PENALTIES}
     left_out = module._left_out_loss
     monkeypatch.setattr(module, "_left_out_loss", lambda *all: tried.append(all[2]) or left_out(*all))
-    found, loss = best_regression(tokens, 3, 4)
+    done = []
+    found, loss = best_regression(tokens, 3, 4, done.append)
+    assert sum(done) == len(module.PENALTIES)
     best = tried[-2] if losses[tried[-1]] > losses[tried[-2]] else tried[-1]
     assert tuple(tried) == module.PENALTIES[: len(tried)] and loss == losses[best] == min(map(losses.get, tried))
     for value, expected in zip(found, attention_regression(tokens, 3, best)):

@@ -110,7 +110,7 @@ def test_of_weighed_tokens_as_many_are_kept_as_memory_allows(monkeypatch):
     seen = []
     monkeypatch.setattr(
         "adazeta.attention_regression.best_regression",
-        lambda tokens, classes, folds: seen.append(tokens) or best_regression(tokens, classes, folds),
+        lambda tokens, *more: seen.append(tokens) or best_regression(tokens, *more),
     )
     assert fit_head(it, rows, batch_size=7, progress=done.append) is not None
     assert sum(done) == len(rows) and len(seen[0].states) == tokens and len(seen[0].labels) == 21
