@@ -4,7 +4,7 @@
     y = expand: base + h right + bias        (tokens, rank) (rank, d), one pass over base and y
 
 Blocks are padded with zeros to RANK columns: a power of two of at least 16, the least depth of a tensor core. An
-infinite number times a zero of that padding is NaN, so what pads a result is set to zero once it is summed.
+infinite number times a zero of that padding is NaN, so what pads a result is set to zero.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def project(
         factor = tl.load(left + rows * rank + ranks, mask=(rows < end) & (ranks < rank), other=0.0)
         x0, x1, x2 = parts_of(block, DTYPE)
         l0, l1, l2 = parts(factor)
-        h += product(x0, x1, x2, l0, l1, l2, 3 if DTYPE == FLOAT32 else (2 if DTYPE == FLOAT16 else 1))
-    return tl.where(ranks < rank, h, 0.0)
+        found = product(x0, x1, x2, l0, l1, l2, 3 if DTYPE == FLOAT32 else (2 if DTYPE == FLOAT16 else 1))
+        h += tl.where(ranks < rank, found, 0.0)  # here and not behind the loop, where one variant spills on sm_100
+    return h
 
 
 @helper
