@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import UserError
 from .positions import most_positions
-from .scoring import kind_of, language_model, tt_model_of
+from .scoring import kind_of, language_model, refuse_prompts, tt_model_of
 
 
 def generate_answers(
@@ -37,6 +37,7 @@ def generate_answers(
         ValueError: a masked language model, fewer than one token, a prompt without tokens, or adapters with
             ``positions="last"`` where that is no answer's last token: in an encoder, or without a cache.
     """
+    refuse_prompts(model)
     kind, inner = kind_of(model), language_model(model)
     if kind == "masked":
         raise ValueError("a masked language model does not generate; use a causal or encoder-decoder model")

@@ -19,6 +19,7 @@ from .scoring import (
     kind_of,
     label_logits,
     language_model,
+    refuse_prompts,
     scored_logits,
     sum_by_row,
     token_log_probs,
@@ -381,6 +382,7 @@ class HeadScores(_Scored):
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return ``[B, C]`` float32 logits of the head."""
         refuse_last(model, "a classification head")
+        refuse_prompts(model)
         batch = aligned(batch)
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if batch.get(name) is not None}

@@ -37,6 +37,16 @@ def tt_model_of(model: nn.Module) -> TTModel | None:
     return getattr(model, "base_model", None) if isinstance(getattr(model, "base_model", None), TTModel) else None
 
 
+def refuse_prompts(model: nn.Module) -> None:
+    """Raise ValueError for prompts and prefixes that PEFT learns: what goes past its forward would not see them."""
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} acts in PeftModel.forward, which adazeta's losses and generation go past: "
+                "give a loss of your own that calls the model"
+            )
+
+
 def kind_of(model: nn.Module) -> str:
     """Return which tokens the head of ``model`` predicts.
 
@@ -130,10 +140,11 @@ def scored_logits(
         words: token ids.
 
     Raises:
-        ValueError: the model has no language-model head.
+        ValueError: the model has no language-model head, or learns a prompt (:func:`refuse_prompts`).
 
     Numerics: the output layer's products are float32 whatever the dtype of its weight.
     """
+    refuse_prompts(model)
     inputs, inner = model_inputs(model, batch), language_model(model)
     head = inner.get_output_embeddings()
     few = _is_plain(head, inner)
