@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=16, help="queries a step (default: 16)")
     parser.add_argument("--epochs", type=int, default=3, help="passes of AdamW over the data (default: 3)")
     parser.add_argument("--adamw-lr", type=float, default=0.01, help="learning rate of AdamW (default: 0.01)")
-    parser.add_argument("--layers", default="5", help="blocks with adapters, or all (default: 5, the last)")
+    parser.add_argument("--layers", default="5", help="blocks with adapters (default: 5, the last)")
     parser.add_argument("--sites", default="paper", help="where in a block (default: paper)")
     parser.add_argument("--pooling", default="mean", choices=("mean", "attention"), help="(default: mean)")
     parser.add_argument("--depth", default="all", help="blocks that run: a number, auto or all (default: all)")
@@ -67,7 +67,6 @@ def main() -> None:
     flags = {**COMMON, **HEAD, "dtype": "float32", "steps": arguments.steps, "queries": arguments.queries}
     names = ("layers", "sites", "head_start", "pooling", "act", "batch_size")
     flags |= {name: getattr(arguments, name) for name in names}
-    flags["layers"] = None if arguments.layers == "all" else arguments.layers
     flags["depth"] = None if arguments.depth == "all" else arguments.depth
     bench = Bench(resolve(flags, TRAIN, preset=PRESET), arguments.train, arguments.test)
     result = {"settings": flags, "train": len(bench.train), "test": len(bench.test), "numbers": bench.numbers}
