@@ -10,7 +10,7 @@ from adazeta.head_depth import losses_by_depth, settle_depth
 from adazeta.head_start import fit_head
 from adazeta.heads import Pooled
 from adazeta.runs import Classifier
-from adazeta.tasks import HeadTask
+from adazeta.tasks import HeadTask, from_dict, to_dict
 
 
 def encoder(depth, spoilt):
@@ -52,6 +52,20 @@ def test_a_number_is_kept_and_too_few_or_private_examples_are_refused():
         settle_depth(settings, examples(4), "default")
     with pytest.raises(UserError, match="give a private run a number"):
         settle_depth({**settings, "dp_epsilon": 8.0}, examples(), "default")
+
+
+@pytest.mark.parametrize("depth", [0, -1, "x", 1.5, True, [1]])
+def test_what_is_no_depth_is_refused_wherever_it_comes_from(depth):
+    stored = {**to_dict(HeadTask(CLASSES, pooling="mean", depth=2)), "depth": depth}
+    with pytest.raises(UserError, match="depth must be a number of blocks, at least 1, or auto, got"):
+        from_dict(stored)
+
+
+def test_a_task_without_a_depth_is_stored_as_before():
+    task = HeadTask(CLASSES, pooling="mean")
+    assert "depth" not in to_dict(task) and from_dict(to_dict(task)) == task
+    with pytest.raises(KeyError, match="template"):
+        from_dict({name: value for name, value in to_dict(task).items() if name != "template"})
 
 
 def test_losses_do_not_depend_on_the_size_of_a_forward():

@@ -41,6 +41,8 @@ class HeadTask:
             raise UserError(f"a head needs at least two different labels, got {list(self.labels)}")
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.depth not in (None, "auto") and not (type(self.depth) is int and self.depth > 0):
+            raise UserError(f"depth must be a number of blocks, at least 1, or auto, got {self.depth!r}")
         if self.depth is not None and self.pooling == "own":
             raise UserError("--depth is for --pooling mean or attention: the model's own head reads behind all blocks")
 
