@@ -113,7 +113,10 @@ def _answers(task: dict) -> list[tuple[str, str]]:
     """Return the line that says what a model of this task answers with."""
     if "label_words" in task:
         return [("label words", ", ".join(f"{label} ->{word}" for label, word in task["label_words"].items()))]
-    return [("labels", ", ".join(task["labels"]))] if "labels" in task else []
+    if "labels" not in task:
+        return []
+    where = f", behind block {task['depth']}" if task.get("depth") else ""
+    return [("labels", ", ".join(task["labels"])), ("head", f"{task.get('pooling', 'own')}{where}")]
 
 
 def _shapes(folder: Path) -> list[str]:

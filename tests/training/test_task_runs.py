@@ -137,6 +137,8 @@ def test_the_depth_that_is_found_stays_with_the_run(models, data, tmp_path, caps
     assert Classifier.open(str(run)).model.config.num_hidden_layers == depth
     code, out, err = main(capsys, "replay", run)
     assert code == 0 and "bit for bit" in out, err
+    code, out, err = main(capsys, "info", run)
+    assert code == 0 and f"attention, behind block {depth}\n" in out
     code, out, err = main(capsys, "eval", run, "--data", data / "labels-dev.jsonl", "--depth", "auto")
     assert code == 2 and "--depth auto is for a run that begins" in err
 
