@@ -56,11 +56,18 @@ def pooler_name(model: nn.Module) -> str | None:
     return None if pooler is None else f"{trunk}.pooler"
 
 
+def behind_trunk(model: nn.Module) -> list[str]:
+    """Return the names of the modules with parameters that read what a model's trunk gives, a pooler first."""
+    trunk = "encoder" if isinstance(model, Pooled) else getattr(model, "base_model_prefix", "")
+    if not hasattr(model, trunk):  # it is the trunk, or none of transformers
+        return []
+    beside = [name for name, _ in model.named_children() if name != trunk]
+    names = [*filter(None, [pooler_name(model)]), *beside]
+    return [name for name in names if next(model.get_submodule(name).parameters(), None) is not None]
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Return the names of a classification model's head's modules: those beside the trunk, and a pooler that trains."""
-    trunk = "encoder" if isinstance(model, Pooled) else model.base_model_prefix
     pooler = pooler_name(model)
     trains = pooler is not None and any(p.requires_grad for p in model.get_submodule(pooler).parameters())
-    return [pooler] * trains + [
-        name for name, module in model.named_children() if name != trunk and next(module.parameters(), None) is not None
-    ]
+    return [name for name in behind_trunk(model) if trains or name != pooler]

@@ -97,6 +97,15 @@ TASK = [
         tasks=("head",),
     ),
     Option(
+        "head",
+        str,
+        "head: the linear layers before its last (RoBERTa's, or a pooler that the checkpoint lacks) train in full, or "
+        "stay and get TT adapters, which are far fewer numbers",
+        "full",
+        choices=("full", "tt"),
+        tasks=("head",),
+    ),
+    Option(
         "depth",
         positive_or_auto,
         "head of --pooling mean or attention: blocks of the model that run, and behind which it reads; the others are "

@@ -173,6 +173,7 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
 
     from adazeta import TTConfig
     from adazeta.heads import head_modules
+    from adazeta.tuner.places import tt_head
 
     task = task_of(settings, say)
     stored = {name: settings[name] for name in ("dtype", "quantize", "device")}
@@ -183,6 +184,11 @@ def new_classifier(settings: Mapping[str, Any], preset: str, say) -> Classifier:
     try:
         if task.kind == HeadTask.kind:
             keywords["modules_to_save"] = head_modules(base)
+            if settings["head"] == "tt":
+                found = tt_head(base, keywords["sites"], keywords["modules_to_save"])
+                keywords |= found
+                if not found:
+                    say("--head tt: the head is one linear layer, which trains in full")
         elif base.can_generate():
             keywords["task_type"] = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
         model = peft.get_peft_model(base, TTConfig(**keywords))

@@ -85,6 +85,7 @@ CASES = [
     ("encoder", "labels", (*RANDOM, "--pooling", "attention", "--layers", "0-1", "--steps", 40), "head", 0.01),
     ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0", "--depth", 1, "--steps", 40), "head", 0.01),
     ("masked", "labels", (*RANDOM, "--task", "head", "--labels", "negative,positive"), "head", 0.03),
+    ("masked", "labels", ("--task", "head", *RANDOM, "--head", "tt", "--steps", 40), "head", 0.03),
     ("causal", "labels", (*RANDOM, "--task", "head"), "head", 0.03),
     ("causal", "choices", ("--task", "choice"), "choice", 0.05),
     ("causal", "answers", ("--task", "completion"), "completion", 0.05),

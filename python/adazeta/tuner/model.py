@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..heads import behind_trunk
 from ..probe_tokens import last_real_token, set_focus
 from .config import TTConfig
 from .init import initial_theta
@@ -190,7 +191,8 @@ class TTModel(BaseTuner):
     def block_list(self, adapter_name: str) -> tuple[str, int] | None:
         """Return the name of the block list and the index of its first adapted block, if all are in one list.
 
-        None for encoder-decoder models too: T5's blocks hand position biases on, whose rows would not be copied again.
+        Adapted layers of a classification head, which reads what the blocks give, may be beside it. None for
+        encoder-decoder models too: T5's blocks hand position biases on, whose rows would not be copied again.
         """
         if adapter_name not in self._blocks:
             self._blocks[adapter_name] = self._find_blocks(adapter_name)
@@ -199,7 +201,9 @@ class TTModel(BaseTuner):
     def _find_blocks(self, adapter_name: str) -> tuple[str, int] | None:
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return None
-        found = [re.match(r"(.*?)\.(\d+)\.", name) for name, _ in self.tt_layers(adapter_name)]
+        head = tuple(f"{name}." for name in behind_trunk(self.model))
+        names = [name for name, _ in self.tt_layers(adapter_name) if not name.startswith(head)]
+        found = [re.match(r"(.*?)\.(\d+)\.", name) for name in names]
         if not found or any(match is None for match in found) or len({match[1] for match in found}) != 1:
             return None
         return found[0][1], min(int(match[2]) for match in found)

@@ -1,6 +1,7 @@
 """Where a configuration puts adapters into a model, and how large they are, told before any module is made."""
 
 import copy
+import re
 import warnings
 
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, check_target_module_exists
@@ -29,9 +30,19 @@ def resolve(config: TTConfig, model: nn.Module, model_config: dict) -> TTConfig:
 
 
 def is_place(config: TTConfig, key: str):
-    """Return whether the module named ``key`` gets an adapter, as PEFT tells it; ``config`` is resolved."""
-    found = check_target_module_exists(config, key)
+    """Return whether the module named ``key`` gets an adapter, as PEFT tells it; ``config`` is resolved.
+
+    Of ``layers_to_transform`` PEFT leaves out all that is in no block. A module that is named by its path, such as
+    ``classifier.dense``, is meant all the same.
+    """
+    found = check_target_module_exists(config, key) or _is_named_beside_blocks(config, key)
     return found if found and placement_of(key, config.sites) != "none" else False
+
+
+def _is_named_beside_blocks(config: TTConfig, key: str) -> bool:
+    if config.layers_to_transform is None or not isinstance(config.target_modules, set) or re.search(r"\.\d+\.", key):
+        return False
+    return any(key == name or ("." in name and key.endswith(f".{name}")) for name in config.target_modules)
 
 
 def layout_at(config: TTConfig, model: nn.Module, layer: nn.Module, key: str) -> TTAdapterLayout:
@@ -64,6 +75,35 @@ def saved_shapes(model: nn.Module, config: TTConfig) -> dict[str, tuple[int, ...
             for key, tensor in module.state_dict().items():
                 found[f"base_model.model.{name}.{key}"] = tuple(tensor.shape)
     return found
+
+
+def tt_head(model: nn.Module, sites, modules_to_save: list[str]) -> dict:
+    """Return settings of a ``TTConfig`` for a head of which the last linear layer trains in full, the others as TT.
+
+    Args:
+        model: a classification model without adapters.
+        sites: of its blocks, as ``TTConfig`` takes them.
+        modules_to_save: :func:`adazeta.heads.head_modules` of the model.
+
+    Returns:
+        ``sites`` with the head's inner linear layers, and ``modules_to_save``; nothing where the head is one layer.
+
+    Raises:
+        ValueError: names that PEFT, which takes modules by the ends of their names, cannot tell apart.
+    """
+    linears = [
+        f"{name}.{inner}" if inner else name
+        for name in modules_to_save
+        for inner, layer in model.get_submodule(name).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    *inner, last = linears
+    if mixed := [name for name in inner if name.endswith(last)]:
+        raise ValueError(f"a head as TT: PEFT takes {mixed[0]!r} for {last!r}, whose name it ends in; use --head full")
+    if not inner:
+        return {}
+    placed = resolve_sites(sites, model.config.model_type, candidate_modules(model))
+    return {"sites": {**placed, **dict.fromkeys(inner, "post")}, "modules_to_save": [last]}
 
 
 def _width(model: nn.Module, layer: nn.Module, placement: str, key: str) -> int:
