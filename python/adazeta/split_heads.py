@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ MOST_NUMBERS = 1 << 22
 def heads_of(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[nn.Module]:
     """Return the modules of ``model``'s classification head, if no other module holds any of ``parameters``, else none.
 
+    Of a module with adapters, which take the rows of all probes, its parts that hold ``parameters``.
+
     Args:
         model: with adapters or without.
         parameters: by name, what is trained besides adapters.
@@ -34,8 +37,17 @@ def heads_of(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[n
     elif not isinstance(inner, Pooled):
         return []
     heads = [inner.get_submodule(name) for name in head_modules(inner)]
+    trained = {id(p) for p in parameters.values()}
+    heads = [part for head in heads for part in _without_adapters(head, trained)]
     held = {id(p) for head in heads for p in head.parameters()}
-    return heads if all(id(p) in held for p in parameters.values()) else []
+    return heads if trained <= held else []
+
+
+def _without_adapters(module: nn.Module, trained: set[int]) -> list[nn.Module]:
+    if not any(isinstance(part, BaseTunerLayer) for part in module.modules()):
+        return [module]
+    parts = [part for child in module.children() for part in _without_adapters(child, trained)]
+    return [part for part in parts if any(id(p) in trained for p in part.parameters())]
 
 
 @contextmanager

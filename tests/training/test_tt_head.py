@@ -53,19 +53,23 @@ def test_roberta_s_inner_layer_gets_an_adapter_whatever_blocks_do(tmp_path):
     torch.testing.assert_close(HeadScores().scores(again, batch()), HeadScores().scores(model, batch()))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("family, trains", [("roberta", False), ("bert", True)])
-def test_blocks_below_the_first_adapter_are_shared_all_the_same(family, trains, caplog):
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_probes_share_forwards_and_the_blocks_below(family, trains, layers):
     base = classifier(family)
     if trains:  # as where the checkpoint lacks it
         base.bert.pooler.requires_grad_(True)
-    model = adapted(base)
-    assert len(model.base_model.tt_layers("default")) == 3
-    assert model.base_model.block_list("default") == (f"{family}.encoder.layer", 1)
-    alone = ZerothOrder(model, queries=4, eps=0.02, prefix_cache="off").estimate(HeadScores(), batch())
-    model.base_model.block_list = lambda adapter: None
-    assert float(alone) == pytest.approx(
-        float(ZerothOrder(model, queries=4, eps=0.02).estimate(HeadScores(), batch())), abs=1e-6
-    )
+    model = adapted(base, layers_to_transform=layers)
+    assert len(model.base_model.tt_layers("default")) == 2 * len(layers) + 1
+    assert model.base_model.block_list("default") == (f"{family}.encoder.layer", layers[0])
+    settings = {"queries": 4, "eps": 0.02, "prefix_cache": "off"}
+    alone = ZerothOrder(model, probes_per_forward=1, **settings)
+    together = ZerothOrder(model, **settings)
+    for optimizer in (alone, together):
+        optimizer.estimate(HeadScores(), batch())
+        assert not optimizer._first_look.rows_mix
+    torch.testing.assert_close(together._projected, alone._projected, atol=1e-3, rtol=1e-3)
 
 
 def test_heads_of_one_layer_stay_as_they_are_and_names_that_peft_mixes_up_are_told():
