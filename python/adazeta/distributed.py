@@ -313,7 +313,7 @@ def open_journal(
     """Record a run of many ranks: rank 0 writes the journal, and with ``resume`` all take its steps up.
 
     Args:
-        optimizer: a ``ZerothOrder`` with ``ranks``.
+        optimizer: a ``ZerothOrder``; one without ``ranks`` (``join()`` is None in a process alone) writes its own.
         path: the journal, on rank 0's machine.
         resume: go on with it; a rank that was killed rejoins the others in this way.
         alike: JSON values that all ranks, but not a resumed run, have to share.
@@ -324,6 +324,9 @@ def open_journal(
         RuntimeError: rank 0 failed in another way.
     """
     ranks = optimizer.ranks
+    if ranks is None:
+        optimizer.write_journal(path, resume, **keywords)
+        return
     ranks.agree(optimizer, {**(keywords.get("identity") or {}), **(alike or {})})
 
     def begin():
