@@ -6,6 +6,7 @@ What a person can put right is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.stay_offline()
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()  # what cannot be written any more is told below, not as Python ends
+        return status
     except UserError as error:
         if arguments.debug:
             raise
@@ -76,8 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("adazeta: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:  # of what `> FILE` writes: other files are told of by name where they are written
+        if arguments.debug or error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        close_bars()
+        _drop_output()
+        advice = "make room there and run the command again"
+        print(f"adazeta: error: cannot write the output: {error.strerror}: {advice}", file=sys.stderr)
+        return FAILED
+
+
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere, so that Python does not fail over it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_run import PAPER, fails, train_command
+from tiny_run import PAPER, adazeta, fails, train_command
 
 from adazeta import UserError, cli, plots, trainer
 
@@ -107,6 +107,18 @@ def test_a_full_disk_leaves_the_earlier_run(world, capsys, monkeypatch, tmp_path
         assert "the disk is full: free some space" in message
         assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
         shutil.rmtree(folder / "run.partial")  # what can be gone on with; the folder is other tests' too
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is always full, on this system")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["predict", "templates"])
+def test_output_onto_a_full_disk(world, command, unbuffered):
+    """With text that Python keeps until it ends, and without."""
+    words = [command, world[0] / "run", "a film"] if command == "predict" else [command]
+    told = "adazeta: error: cannot write the output: No space left on device: make room there and run the command again"
+    with open("/dev/full", "w") as full:
+        done = adazeta(*words, stdout=full, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (2, [told]) and "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_given_back_when_training_ends_in_an_error(world, capsys, monkeypatch, tmp_path):

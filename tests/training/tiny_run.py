@@ -54,7 +54,9 @@ def write_data(path: Path, count: int = 60) -> Path:
     return path
 
 
-def adazeta(*arguments, cache: Path | None = None, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+def adazeta(
+    *arguments, cache: Path | None = None, timeout: float = 120, stdout=subprocess.PIPE, **environment
+) -> subprocess.CompletedProcess:
     """Run ``python -m adazeta`` in a new process on one thread; return it with its output as text."""
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
@@ -63,7 +65,13 @@ def adazeta(*arguments, cache: Path | None = None, timeout: float = 120, **envir
         settings["ADAZETA_CACHE"] = str(cache)
     command = [sys.executable, "-m", "adazeta", *map(str, arguments)]
     return subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        env={**os.environ, **settings},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
