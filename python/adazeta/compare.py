@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_record(folder: str | Path, name: str | None = None) -> Record:
         UserError: neither is there, or a file is damaged.
     """
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = Path(f"{os.path.abspath(folder)}.partial")  # of the folder that one is in, too: `adazeta plot .`
     if not is_run(folder) and is_run(partial):
         folder = partial
     card = read_card(folder)

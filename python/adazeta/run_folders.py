@@ -22,8 +22,14 @@ from adazeta.runs import ADAPTER, CARD, METRICS, is_run
 
 
 def partial_of(output: str | Path) -> Path:
-    """Return the folder that training writes to until ``output`` is whole."""
+    """Return the folder that training writes to until ``output`` is whole.
+
+    Raises:
+        UserError: ``output`` is ``.`` or the like, whose place nothing can take.
+    """
     output = Path(output)
+    if output.name in ("", ".."):
+        raise UserError(f"--output must name a folder that the run can take the place of, got {str(output)!r}")
     return output.with_name(f"{output.name}.partial")
 
 

@@ -90,6 +90,10 @@ def test_bad_settings(world, capsys, tmp_path):
         assert message in fails(capsys, *train_command(folder, "bad"), *flags)
     assert "already: add --overwrite" in fails(capsys, *train_command(folder, "run"))
     assert "not empty and not a run folder" in fails(capsys, *train_command(folder, "base"))
+    for nowhere in (".", "..", "", "/"):
+        for more in ((), ("--resume",)):
+            told = fails(capsys, *train_command(folder, "x", "--output", nowhere, *more))
+            assert "--output must name a folder that the run can take the place of" in told
     assert "is a file" in fails(capsys, *train_command(folder, "data.jsonl"))
 
 

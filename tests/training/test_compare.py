@@ -69,6 +69,16 @@ def test_one_run_alone_and_runs_of_one_name(two_runs, tmp_path):
     assert "forward rows" in describe(comparison(same[:1]))
 
 
+def test_the_folder_that_one_is_in(two_runs, capsys, monkeypatch):
+    monkeypatch.chdir(two_runs[0])
+    code, out, err = main(capsys, "compare", ".", two_runs[1])
+    assert code == 0 and "first" in out and "second" in out, err
+    assert main(capsys, "plot", ".", "--output", "../inside.png")[0] == 0
+    for folder in (".", "..", ""):
+        assert "--output must name a file, got the folder" in fails(capsys, "plot", ".", "--output", folder)
+    assert "/ is not a run folder" in fails(capsys, "compare", "/")
+
+
 def test_what_cannot_be_read_is_told_in_one_line(two_runs, capsys, tmp_path):
     assert "no such run folder" in fails(capsys, "compare", two_runs[0], tmp_path / "none")
     assert "--output must end in .png or .html" in fails(capsys, "plot", two_runs[0], "--output", "plot.svg")

@@ -30,6 +30,8 @@ def _plot(arguments) -> int:
     from ..plots import draw_runs
 
     output = Path(arguments.output)
+    if output.name in ("", ".."):
+        raise UserError(f"--output must name a file, got the folder {str(output)!r}")
     if output.suffix and output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output must end in {' or '.join(SUFFIXES)}, or in neither for both, got {output.name!r}")
     records = read_records(arguments.names)

@@ -58,7 +58,7 @@ def _run_training(arguments, config: str | None, defaults: dict) -> int:
     from_file = on_all(lambda: {**defaults, **(read_yaml(config, [*RUN, *TRAIN]) if config else {})})
     run = on_all(lambda: resolve(flags, RUN, from_file=from_file))
     output = Path(run["output"])
-    partial = partial_of(output)
+    partial = on_all(lambda: partial_of(output))
 
     def what_is_there():
         """Return whether to resume, the settings and the preset of what is resumed, and whether all is done."""
