@@ -63,6 +63,11 @@ SETTINGS = {
     "gemma": _DECODER,
     "gemma2": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4, "final_logit_softcapping": 0.5},
     "gemma3_text": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "gemma3": {
+        "text_config": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4},
+        "vision_config": {**_COMMON, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
     "phi3": {**_GROUPED, **_SPECIAL},
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -84,7 +89,10 @@ FAMILIES = sorted(SETTINGS)
 def build(model_type: str, auto=None, **settings):
     """Return the family's model with a language-model head (or of the class ``auto``), the same at every call."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{"pad_token_id": 0, **SETTINGS[model_type], **settings})
+    known = SETTINGS[model_type]
+    if "text_config" in known and (blocks := settings.pop("num_hidden_layers", None)):
+        known = {**known, "text_config": {**known["text_config"], "num_hidden_layers": blocks}}
+    config = transformers.AutoConfig.for_model(model_type, **{"pad_token_id": 0, **known, **settings})
     if auto is None:
         auto = (
             transformers.AutoModelForMaskedLM

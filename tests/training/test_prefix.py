@@ -11,7 +11,7 @@ from tiny import lm_batch, tiny_adapted
 from adazeta import TTConfig, ZerothOrder
 from adazeta.losses import LabelWords, lm_loss
 
-NOT_SHARED = {"t5": "not in one list of blocks"}
+NOT_SHARED = {"t5": "not in one list of blocks", "gemma3": "a forward without input_ids"}
 LAYERS = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}
 
 

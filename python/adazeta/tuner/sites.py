@@ -32,7 +32,9 @@ _EXPERTS = {"paper": {"o_proj": "post", "mlp": "post"}}
 #: sub-block in all of these, so an adapter after it is an adapter after the attention (or MLP) output. The MLP's output
 #: comes last in "paper".
 SITES: dict[str, dict[str, dict[str, str]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "smollm3"), _LLAMA
+    ),
     **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
     **dict.fromkeys(("bert", "roberta", "deberta-v2"), _BERT),
     "phi3": {"paper": _LLAMA["paper"], "published": {"gate_up_proj": "pre", "down_proj": "post"}},
