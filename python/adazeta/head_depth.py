@@ -22,19 +22,20 @@ from adazeta.forwards import forward_of
 from adazeta.head_start import FOLDS, MOST_ROWS, best_penalty
 from adazeta.progress import progress_bar
 from adazeta.scoring import language_model
+from adazeta.tasks import HeadTask
 
 
 def settle_depth(
     settings: Mapping[str, Any], examples: Sequence[Any], preset: str, say=lambda line: None
 ) -> dict[str, Any]:
-    """Return the settings with a number for ``depth``, where that is ``auto``.
+    """Return the settings with a number for ``depth``, where that is ``auto`` and the task has a head.
 
     Raises:
         UserError: a private run, which would show something of its examples, or too few of them.
     """
     from adazeta.prepare import new_classifier
 
-    if settings["depth"] != "auto":
+    if settings["depth"] != "auto" or settings["task"] != HeadTask.kind:
         return dict(settings)
     if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
         raise UserError("--depth auto looks at the data without noise: give a private run a number")

@@ -35,7 +35,7 @@ def test_the_loss_of_every_depth_is_that_of_a_head_fitted_there():
 
 @pytest.mark.parametrize("spoilt, depth", [((1, 2, 3), 1), ((), None)])
 def test_the_best_depth_is_settled_and_told(monkeypatch, spoilt, depth):
-    settings = {"depth": "auto", "dp_epsilon": None, "dp_noise": None, "eval_batch_size": 8}
+    settings = {"task": "head", "depth": "auto", "dp_epsilon": None, "dp_noise": None, "eval_batch_size": 8}
     asked, said = [], []
     monkeypatch.setattr("adazeta.prepare.new_classifier", lambda *all: asked.append(all[0]) or encoder(4, spoilt))
     found = settle_depth(settings, examples(), "default", said.append)
@@ -46,7 +46,8 @@ def test_the_best_depth_is_settled_and_told(monkeypatch, spoilt, depth):
 
 
 def test_a_number_is_kept_and_too_few_or_private_examples_are_refused():
-    settings = {"depth": "auto", "dp_epsilon": None, "dp_noise": None}
+    settings = {"task": "head", "depth": "auto", "dp_epsilon": None, "dp_noise": None}
+    assert settle_depth({**settings, "task": "label-words"}, examples(), "default")["depth"] == "auto"  # has no effect
     assert settle_depth({**settings, "depth": 2}, [], "default")["depth"] == 2
     with pytest.raises(UserError, match="5 examples at least, got 4"):
         settle_depth(settings, examples(4), "default")
