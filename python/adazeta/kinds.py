@@ -23,7 +23,10 @@ def integer(value) -> int:
     """Read an integer; of YAML's other values only a number that is one, such as 3.0."""
     if isinstance(value, bool) or isinstance(value, float) and not value.is_integer():
         raise ValueError(f"expected an integer, got {value!r}")
-    return int(value)
+    try:
+        return int(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"expected an integer, got {value!r}") from None
 
 
 def positive(value) -> int:
@@ -41,7 +44,10 @@ def natural(value) -> int:
 
 def positive_or_auto(value) -> int | str:
     """Read an integer above zero, or ``auto``."""
-    return value if value == "auto" else positive(value)
+    try:
+        return value if value == "auto" else positive(value)
+    except ValueError:
+        raise ValueError(f"expected auto or an integer of at least 1, got {value!r}") from None
 
 
 def number_or_auto(value) -> float | str:

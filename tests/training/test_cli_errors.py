@@ -75,6 +75,8 @@ def test_bad_settings(world, capsys, tmp_path):
         (("--lr", "fast"), "--lr: could not convert"),
         (("--lr", "nan", "--momentum", 0.9), "settings: expected finite lr >= 0"),
         (("--steps", 0), "--steps: expected an integer of at least 1, got '0'"),
+        (("--steps", "many"), "--steps: expected an integer, got 'many'"),
+        (("--depth", "1.5"), "--depth: expected auto or an integer of at least 1, got '1.5'"),
         (("--queries", "adaptive:1,2"), "--queries: expected adaptive:alpha,beta,maximum"),
         (("--label-words", "good"), "--label-words: expected label=word,label=word"),
         (("--template", "none"), "the template must name columns of the data, such as {text}"),
