@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from .errors import JournalError, UserError
 from .files import replacing
-from .journal_format import Contents, check_header, difference, encode, header_bytes, parse, parse_header, shown
+from .journal_format import Contents, check_header, check_same, encode, header_bytes, parse, parse_header
 from .update import Step
 
 NAME = "journal.azj"
@@ -92,13 +92,7 @@ class Journal:
         file = _locked(path, path)
         try:
             found = parse(path, file.readall())
-            key = difference(found.header, header)
-            if key:
-                raise JournalError(
-                    f"{path} belongs to a run with another {key} ({shown(found.header, key)}, now "
-                    f"{shown(header, key)}); resume with the same settings, or choose another folder",
-                    key=key,
-                )
+            check_same(path, found.header, header)
             file.truncate(found.ends[-1])
             file.seek(found.ends[-1])
         except BaseException:

@@ -281,11 +281,21 @@ def difference(found: dict, expected: dict) -> str:
     for key in sorted((found.keys() | expected.keys()) - set(FREE_KEYS)):
         ours, theirs = found.get(key), expected.get(key)
         if ours != theirs:
-            if key in ("config", "adapter") and ours and theirs:
+            if key in ("config", "adapter", "task") and ours and theirs:
                 inner = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
                 return f"{key}.{inner[0]}"
             return key
     return ""
+
+
+def check_same(path: Path, found: dict, expected: dict) -> None:
+    """Raise JournalError where :func:`difference` finds one between the journal at ``path`` and a run that resumes."""
+    if key := difference(found, expected):
+        raise JournalError(
+            f"{path} belongs to a run with another {key} ({shown(found, key)}, now {shown(expected, key)}); resume "
+            "with the same settings, or choose another folder",
+            key=key,
+        )
 
 
 def shown(header: dict, key: str) -> str:

@@ -9,8 +9,8 @@ import torch
 from . import __version__
 from .digests import base_sha256, sha256_of
 from .errors import JournalError
-from .journal import Journal
-from .journal_format import VERSION
+from .journal import Journal, read
+from .journal_format import VERSION, check_same
 from .replay import MOST_NUMBERS, initial_values, rebuild_initial
 from .update import Step
 
@@ -43,6 +43,18 @@ def record_run(
         journal.close()
         raise
     return journal, recorded
+
+
+def check_resumed(optimizer, path: Path, task: dict) -> None:
+    """Raise JournalError, which names the setting, where a run that resumes has another task, or trains other numbers.
+
+    The whole header is compared when training begins. A checkpoint is loaded before, and where its numbers have other
+    shapes that ends in a line, or many, that name no setting.
+    """
+    found, now = read(path, repair=True).header, _trained(optimizer)
+    if isinstance(earlier := found["about"].get("task"), dict):
+        check_same(path, {"task": earlier}, {"task": task})
+    check_same(path, {key: found.get(key) for key in now}, now)
 
 
 def record_going_back(optimizer, to: int) -> Step:
@@ -80,16 +92,9 @@ def describe_run(
         "run_seed": optimizer.run_seed,
         "distribution": optimizer.distribution,
         "init": {"init": config.init, "gain": config.init_gain, "seed": config.init_seed} if config else None,
-        "sites": [
-            {"name": f"base_model.model.{name}.tt_theta", "layout": layout.encode()} for name, layout in optimizer.sites
-        ],
-        "params": [
-            {"name": _saved_name(name, optimizer.adapter), "shape": list(p.shape), "decayed": p.ndim > 1}
-            for name, p in optimizer.others.items()
-        ],
+        **_trained(optimizer),
         "initial_sha256": sha256_of(tensors),
         "base_sha256": base_sha256(optimizer.model, optimizer.others.values()),
-        "adapter": _adapter(config),
         "config": {**optimizer.settings(), **(identity or {})},
         "about": about or {},
         "software": software(),
@@ -101,6 +106,21 @@ def describe_run(
             initial["theta"] = theta
     header["initial"] = "file" if initial else "seed"
     return header, initial
+
+
+def _trained(optimizer) -> dict:
+    """Return the part of a header that says which numbers train."""
+    config = optimizer.tt_model.peft_config[optimizer.adapter] if optimizer.tt_model else None
+    return {
+        "sites": [
+            {"name": f"base_model.model.{name}.tt_theta", "layout": layout.encode()} for name, layout in optimizer.sites
+        ],
+        "params": [
+            {"name": _saved_name(name, optimizer.adapter), "shape": list(p.shape), "decayed": p.ndim > 1}
+            for name, p in optimizer.others.items()
+        ],
+        "adapter": _adapter(config),
+    }
 
 
 def software() -> dict[str, str]:

@@ -123,6 +123,7 @@ def fit(
     from adazeta.digests import json_sha256
     from adazeta.journal import NAME as JOURNAL
     from adazeta.progress import Bar, Limits, MetricsFile, Wandb
+    from adazeta.recording import check_resumed
 
     class Card(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):  # not before the journal was found to fit these settings
@@ -148,7 +149,8 @@ def fit(
             )
             return {"accuracy": float((predictions == prediction.label_ids).mean()), **further}
 
-        checkpoint = resume_from(folder, say) if resume and first and (folder / JOURNAL).is_file() else None
+        goes_on = resume and first and (folder / JOURNAL).is_file()
+        checkpoint = resume_from(folder, say) if goes_on else None
         arguments = training_arguments(
             settings, preset, folder, examples=len(prompts), dev=bool(dev), resume=checkpoint
         )
@@ -181,6 +183,8 @@ def fit(
             trainer.create_optimizer()  # checks the settings of the step
         except (ValueError, TypeError) as error:
             raise UserError(f"settings: {error}") from error
+        if goes_on:
+            check_resumed(trainer.zeroth_order, folder / JOURNAL, to_dict(classifier.task))
         return trainer, checkpoint
 
     trainer, checkpoint = together(ranks, prepare, "start")

@@ -37,21 +37,22 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "more, named",
     [
-        ("--template", "{text} is"),
-        ("--label-words", "negative=positive,positive=negative"),
-        ("--label-words", "positive=positive,negative=negative"),  # the same words in another order
-        ("--max-tokens", 20),
+        (("--template", "{text} is"), "task.template"),
+        (("--label-words", "negative=positive,positive=negative"), "task.label_words"),
+        (("--label-words", "positive=positive,negative=negative"), "config.task_sha256"),  # in another order
+        (("--max-tokens", 20), "task.max_tokens (256, now 20)"),
+        (("--rank", 3), "adapter.rank (2, now 3)"),  # numbers of other shapes than those of the checkpoint
     ],
 )
-def test_label_words(base, tmp_path, capsys, monkeypatch, more):
+def test_label_words(base, tmp_path, capsys, monkeypatch, more, named):
     write_data(tmp_path / "data.jsonl")
     resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch)]
     before = contents(tmp_path)
     capsys.readouterr()
     assert cli.main([*resume, *map(str, more)]) == 2
-    assert "belongs to a run with another config.task_sha256" in capsys.readouterr().err
+    assert f"belongs to a run with another {named}" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert cli.main(resume) == 0
 
@@ -73,4 +74,16 @@ def test_normalisation_of_choices(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch, "--task", "choice")]
     assert cli.main([*resume, "--no-normalize"]) == 2
-    assert "belongs to a run with another config.task_sha256" in capsys.readouterr().err
+    assert "belongs to a run with another task.normalize (True, now False)" in capsys.readouterr().err
+
+
+def test_depth_of_a_head(tmp_path, capsys, monkeypatch):
+    """The one that differs is named, though adapters at other places have numbers that the checkpoint lacks."""
+    write_data(tmp_path / "data.jsonl")
+    base, head = write_model(tmp_path / "base"), ("--task", "head", "--pooling", "attention", "--depth", 2)
+    resume = [str(argument) for argument in interrupted_run(base, tmp_path, monkeypatch, *head)]
+    before = contents(tmp_path / "run.partial")
+    assert cli.main([*resume, "--depth", "1", "--layers", "0"]) == 2
+    assert "belongs to a run with another task.depth (2, now 1)" in capsys.readouterr().err
+    assert contents(tmp_path / "run.partial") == before
+    assert cli.main([*resume, "--depth", "auto"]) == 0  # what was settled when it began stays
