@@ -54,6 +54,7 @@ def check_resumed(optimizer, path: Path, task: dict) -> None:
     found, now = read(path, repair=True).header, _trained(optimizer)
     if isinstance(earlier := found["about"].get("task"), dict):
         check_same(path, {"task": earlier}, {"task": task})
+    check_same(path, {"run_seed": found["run_seed"]}, {"run_seed": optimizer.run_seed})  # the adapter's follows from it
     check_same(path, {key: found.get(key) for key in now}, now)
 
 

@@ -247,7 +247,7 @@ def test_a_resumed_run_keeps_its_numbers(world, capsys, monkeypatch):
 
     monkeypatch.setattr("adazeta.auto.calibrate", measured_again)
     resume = ("train", "--output", world / "stopped", "--resume")
-    assert "saved with run_seed 0, this run has 7" in fails(capsys, *resume, "--seed", 7)
+    assert "belongs to a run with another run_seed (0, now 7)" in fails(capsys, *resume, "--seed", 7)
     code, _, err = main(capsys, *resume, *AUTO)
     assert code == 0, err
     resumed = json.loads((world / "stopped" / "adazeta.json").read_text())
