@@ -67,18 +67,17 @@ def test_the_guide_shows_a_yaml_file_that_is_read(tmp_path):
         assert values["label_words"] == {"0": " terrible", "1": " great"}
 
 
-def test_the_guide_trains_parameters_that_are_no_adapters(tmp_path, monkeypatch):
+def test_parameters_that_are_no_adapters_are_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    section = guide.split("\n## Training parameters that are not adapters\n")[1].split("\n## ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {"base": tiny_llama(), "batches": [lm_batch(2, seed=k) for k in range(2)]}
     before = {name: p.clone() for name, p in names["base"].named_parameters()}
-    exec(compile(example, "guide.md", "exec"), names)
+    exec(compile(example, "parameters.md", "exec"), names)
     moved = {name for name, p in names["base"].named_parameters() if not torch.equal(before[name], p)}
     assert moved == {name for name in before if "mlp" in name}
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
-    for path in re.findall(r"python (scripts/\w+\.py)", section):
+    for path in re.findall(r"python (scripts/\w+\.py)", page):
         assert (ROOT / path).is_file(), path
 
 
