@@ -1,7 +1,7 @@
 """Commands and Python of the guide and the pages behind it run as they are printed, on a tiny model and small files.
 
-README, tasks.md, kernels.md and three sections of the guide have tests of their own. Not run: what starts several
-machines (test_torchrun.py, test_federated.py and test_split_bases.py start the like), pip, and benchmarks.
+README, tasks.md, kernels.md and three sections of the guide have tests of their own; what starts several processes is
+run by test_torchrun_snippets.py and test_split_bases.py; `make`, pip and benchmarks are in tests/packaging.
 """
 
 import json
@@ -189,6 +189,16 @@ def test_the_commands_of_the_journal(here, capsys, monkeypatch):
     for words in commands("journal"):
         code, out, err = main(capsys, *words)
         assert code == (1 if words[:2] == ["journal", "diff"] else 0), (words, err)
+
+
+def test_the_run_of_the_demo_is_asked(here, capsys):
+    run(capsys, "train", "--model", "smollm2", "--data", "letters.csv", "--output", "runs/demo", *QUICK)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    predict, replay = (
+        shlex.split(line, comments=True)[1:] for line in re.findall(r"^\.venv/bin/adazeta .*", readme, re.M)
+    )
+    assert "positive" in run(capsys, *predict)[0]
+    assert "bit for bit" in run(capsys, *replay)[0]
 
 
 def test_a_private_run(here, capsys):

@@ -1,5 +1,9 @@
 """Base models too large for one device: split over processes by tensors, queries over replicas; blocks left on disk."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,6 +63,25 @@ def test_a_base_split_by_tensors_with_the_queries_over_two_replicas(tmp_path, sa
         torch.testing.assert_close(its_theta, theta, rtol=0, atol=1e-4)
         assert torch.equal(its_theta, found[0][1])
     assert [len(read(tmp_path / f"part-{part}" / NAME, repair=True).steps) for part in (0, 1)] == [3, 3]
+
+
+def test_the_lines_of_the_page(tmp_path, saved):
+    distributed = pytest.importorskip("transformers.distributed", reason="this transformers cannot split models")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "many-machines.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "tp_size" in block]
+    names = {**globals(), "DistributedConfig": distributed.DistributedConfig, "folder": saved[0]}
+
+    def work(rank):
+        os.chdir(tmp_path)
+        exec(compile(block, "many-machines.md", "exec"), names)
+        names["opt"].estimate(lm_loss, lm_batch(4))
+        names["opt"].step()
+        torch.save(names["opt"].trainable().tensors[0].clone(), tmp_path / f"rank-{rank}")
+
+    assert on_ranks(4, tmp_path / "work", work) == ([0] * 4, [])
+    found = [torch.load(tmp_path / f"rank-{rank}") for rank in range(4)]
+    assert all(torch.equal(theta, found[0]) for theta in found)
+    assert [len(read(tmp_path / "run" / f"journal-{part}.azj").steps) for part in (0, 1)] == [1, 1]
 
 
 def test_blocks_that_are_left_on_disk(tmp_path, saved):
