@@ -20,6 +20,7 @@ _ADVICE = {
     errno.EACCES: "no permission to write there: choose another folder",
     errno.EPERM: "no permission to write there: choose another folder",
     errno.ENOTDIR: "part of the path is a file, not a folder: choose another folder",
+    errno.ENAMETOOLONG: "the path is too long: choose another folder",
     errno.EEXIST: "a file of that name is in the way: choose another folder",
 }
 
@@ -90,6 +91,8 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         # torch and safetensors write through their own code and tell a full disk in words only.
         if any(sign in str(error) for sign in _FULL):
             number = errno.ENOSPC
+        if number == errno.ENOENT and str(path) == str(error.filename):  # of /proc and the like
+            number = errno.EACCES
         if isinstance(error, UserError) or number not in _ADVICE:
             raise
         again = "go on with --resume" if Path(path).suffix == ".partial" else "run the command again"

@@ -20,16 +20,21 @@ from adazeta.errors import UserError
 from adazeta.files import REPLACED, disk_errors, put_back, put_in_place
 from adazeta.runs import ADAPTER, CARD, METRICS, is_run
 
+#: File systems take 255 bytes; an output's name is also part of longer ones, while runs are written.
+_LONGEST_NAME = 230
+
 
 def partial_of(output: str | Path) -> Path:
     """Return the folder that training writes to until ``output`` is whole.
 
     Raises:
-        UserError: ``output`` is ``.`` or the like, whose place nothing can take.
+        UserError: ``output`` is ``.`` or the like, whose place nothing can take, or too long for names made of it.
     """
     output = Path(output)
     if output.name in ("", ".."):
         raise UserError(f"--output must name a folder that the run can take the place of, got {str(output)!r}")
+    if (length := len(os.fsencode(output.name))) > _LONGEST_NAME:
+        raise UserError(f"--output must be a name of at most {_LONGEST_NAME} bytes, got one of {length}")
     return output.with_name(f"{output.name}.partial")
 
 

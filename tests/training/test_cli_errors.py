@@ -97,6 +97,15 @@ def test_bad_settings(world, capsys, tmp_path):
             told = fails(capsys, *train_command(folder, "x", "--output", nowhere, *more))
             assert "--output must name a folder that the run can take the place of" in told
     assert "is a file" in fails(capsys, *train_command(folder, "data.jsonl"))
+    assert "at most 230 bytes, got one of 462" in fails(capsys, *train_command(folder, "é" * 231))
+    if Path("/proc/self").exists():  # where nobody makes folders
+        assert "cannot write /proc/run.partial" in fails(capsys, *train_command(folder, "x", "--output", "/proc/run"))
+
+
+def test_data_that_comes_through_a_pipe(world, capsys):
+    folder, _ = world
+    told = fails(capsys, *train_command(folder, "x", "--data", "/dev/null"))
+    assert "/dev/null is a pipe or a device, and data is read more than once: save it first" in told
 
 
 def test_a_full_disk_leaves_the_earlier_run(world, capsys, monkeypatch, tmp_path):
