@@ -125,19 +125,21 @@ def _check_weights(name: str, found: Mapping[str, Iterable], begin: Sequence[str
     return set(faults)
 
 
-def _checked_depth(depth: int | str, folder: Path, name: str) -> int:
-    """Return how many blocks to load; UserError where the model has fewer, or has no number of them to set."""
+def _config_of_depth(depth: int | str, folder: Path, name: str):
+    """Return a model's configuration with ``depth`` blocks; UserError where it has fewer, or no number of them to set."""
     from transformers import AutoConfig
 
     if depth == "auto":
         raise UserError("--depth auto is for a run that begins: give a number of blocks")
     with told_in_one_line(f"{name} cannot be loaded with a classification head"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    blocks = getattr(config, "num_hidden_layers", None)
+    text = config.get_text_config()
+    blocks = getattr(text, "num_hidden_layers", None)
     if blocks is None or depth > blocks:
         has = "does not say how many blocks it has" if blocks is None else f"has {blocks} blocks"
         raise UserError(f"--depth {depth}: {name} {has}")
-    return depth
+    text.num_hidden_layers = depth
+    return config
 
 
 def load_base(
@@ -194,7 +196,7 @@ def load_base(
     if with_head and task.pooling != "own" and architecture(folder) == "seq2seq":
         raise UserError(f"--pooling {task.pooling}: {name} is an encoder-decoder, whose head is its own: --pooling own")
     if with_head and task.depth is not None:
-        keywords["num_hidden_layers"] = _checked_depth(task.depth, folder, name)
+        keywords["config"] = _config_of_depth(task.depth, folder, name)
     wanted = "with a classification head" if with_head else "as a language model"
     with told_in_one_line(f"{name} cannot be loaded {wanted}"):
         with torch.random.fork_rng():

@@ -73,8 +73,9 @@ def losses_by_depth(
         found = forward(**inputs, output_hidden_states=True)
         real = inputs["attention_mask"].unsqueeze(-1).to(found.last_hidden_state.dtype)
         of_blocks = [(states * real).sum(1) / real.sum(1) for states in found.hidden_states[1:]]
-        means = torch.empty(len(of_blocks), len(rows), model.config.hidden_size) if means is None else means
-        means[:, part] = torch.stack(of_blocks).float().cpu()
+        means = [torch.empty(len(rows), mean.shape[1]) for mean in of_blocks] if means is None else means
+        for mean, of_block in zip(means, of_blocks, strict=True):
+            mean[part] = of_block.float().cpu()
         return found
 
     loss, collate = classifier.loss(), classifier.collator()

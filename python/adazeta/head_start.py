@@ -212,7 +212,7 @@ def _tokens(classifier, rows, batch_size: int, progress):
         return SequenceClassifierOutput(logits=states.new_zeros(len(states), 1))
 
     loss, collate, room = classifier.loss(), classifier.collator(), MOST_NUMBERS
-    width, device = model.config.hidden_size, next(model.parameters()).device
+    width, device = model.width, next(model.parameters()).device
     with forward_of(model, keep):
         for first in range(0, len(rows), batch_size):
             part = range(first, min(first + batch_size, len(rows)))

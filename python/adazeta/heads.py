@@ -14,20 +14,24 @@ class Pooled(nn.Module):
     Args:
         encoder: a transformers model without a head.
         classes: number of classes.
-        attention: whether the weights of the tokens train: ``hidden_size`` numbers more.
+        attention: whether the weights of the tokens train: ``width`` numbers more.
 
     Source: Lin et al. (2017), *A Structured Self-attentive Sentence Embedding* (arXiv 1703.03130), section 2, with one
     row of attention and scores that are linear in ``h``.
     """
 
+    base_model_prefix = "encoder"  # as models of transformers name theirs: PEFT and transformers look for it
+
     def __init__(self, encoder: nn.Module, classes: int, attention: bool = False):
         super().__init__()
         self.config = encoder.config
         self.encoder = encoder
-        self.token_scores = nn.Linear(encoder.config.hidden_size, 1, bias=False) if attention else None
+        text = encoder.config.get_text_config()
+        self.width = getattr(text, "word_embed_proj_dim", text.hidden_size)  # of what it gives: OPT-350M's is half
+        self.token_scores = nn.Linear(self.width, 1, bias=False) if attention else None
         if attention:
             nn.init.zeros_(self.token_scores.weight)
-        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+        self.classifier = nn.Linear(self.width, classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
@@ -40,7 +44,7 @@ class Pooled(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier((hidden * weights).sum(1)))
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs):
-        """Return the hidden states ``[rows, tokens, hidden_size]``, and whether tokens are real, ``[rows, tokens]``."""
+        """Return the hidden states ``[rows, tokens, width]``, and whether tokens are real, ``[rows, tokens]``."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return hidden, real.bool()
@@ -49,16 +53,16 @@ class Pooled(nn.Module):
 def pooler_name(model: nn.Module) -> str | None:
     """Return the name of the module in a model's trunk through which its head reads, as BERT's does; None without one.
 
-    A checkpoint of a language model lacks it, as it lacks the head.
+    A checkpoint of a language model lacks it, as it lacks the head. A :class:`Pooled` does not read it.
     """
-    trunk = getattr(model, "base_model_prefix", "")  # Pooled has none, and reads no pooler
+    trunk = getattr(model, "base_model_prefix", "")
     pooler = getattr(getattr(model, trunk, None), "pooler", None)
-    return None if pooler is None else f"{trunk}.pooler"
+    return None if pooler is None or isinstance(model, Pooled) else f"{trunk}.pooler"
 
 
 def behind_trunk(model: nn.Module) -> list[str]:
     """Return the names of the modules with parameters that read what a model's trunk gives, a pooler first."""
-    trunk = "encoder" if isinstance(model, Pooled) else getattr(model, "base_model_prefix", "")
+    trunk = getattr(model, "base_model_prefix", "")
     if not hasattr(model, trunk):  # it is the trunk, or none of transformers
         return []
     beside = [name for name, _ in model.named_children() if name != trunk]

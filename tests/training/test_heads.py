@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from families import build
-from peft import get_peft_model
+from families import FAMILIES, batch_for, build
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from adazeta import TTConfig
+from adazeta import TTConfig, ZerothOrder
 from adazeta.heads import Pooled, head_modules
+from adazeta.losses import HeadScores
 
 
 class Table(nn.Module):
@@ -17,7 +18,7 @@ class Table(nn.Module):
 
     def __init__(self, width=6, tokens=9):
         super().__init__()
-        self.config = type("Config", (), {"hidden_size": width})
+        self.config = PreTrainedConfig(hidden_size=width)
         self.states = nn.Embedding(tokens, width)
 
     def forward(self, input_ids, attention_mask=None):
@@ -74,3 +75,34 @@ def test_nothing_of_the_encoder_trains_with_the_head(attention):
     model = get_peft_model(base, TTConfig(rank=2, bottleneck=8, modules_to_save=head_modules(base)))
     saved = {name.split(".modules_to_save")[0] for name, p in model.named_parameters() if "modules_to_save" in name}
     assert saved == {f"base_model.model.{name}" for name in names}
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"t5"}))  # whose head is its own
+def test_a_head_on_a_mean_of_every_family(family, tmp_path):
+    """It starts as the base model, scores probes together as one by one, and is saved and loaded."""
+
+    def adapted():
+        torch.manual_seed(1)
+        base = Pooled(build(family, AutoModel), 2, attention=True).requires_grad_(False).eval()
+        return base, get_peft_model(base, TTConfig(rank=2, bottleneck=8, modules_to_save=head_modules(base))).eval()
+
+    batch = {**batch_for(build(family), 3, 6), "labels": torch.tensor([0, 1, 0])}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    base, model = adapted()
+    with model.disable_adapter():
+        plain = base(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, plain)
+    found = []
+    for probes in (None, 1):
+        opt = ZerothOrder(model, lr=0.1, eps=0.1, queries=2, probes_per_forward=probes)
+        opt.estimate(HeadScores(), batch)
+        found.append(torch.cat(opt._projected))
+        opt.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    opt.estimate(HeadScores(), batch)
+    opt.step()
+    moved = model(**inputs).logits
+    assert not torch.allclose(moved, plain)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(adapted()[0], tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, moved)
