@@ -126,7 +126,7 @@ def _check_weights(name: str, found: Mapping[str, Iterable], begin: Sequence[str
 
 
 def _config_of_depth(depth: int | str, folder: Path, name: str):
-    """Return a model's configuration with ``depth`` blocks; UserError where it has fewer, or no number of them to set."""
+    """Return a model's configuration with ``depth`` blocks; UserError where it has fewer or does not say."""
     from transformers import AutoConfig
 
     if depth == "auto":

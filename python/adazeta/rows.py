@@ -57,9 +57,7 @@ def check_source(source: str | Path) -> None:
     if str(source).startswith(HUB) or path.is_dir():
         return
     if path.exists() and not path.is_file():  # `<(zcat rows.gz)`, for example
-        raise UserError(
-            f"{path} is a pipe or a device, and data is read more than once: save it first; give {KINDS}"
-        )
+        raise UserError(f"{path} is a pipe or a device, and data is read more than once: save it first; give {KINDS}")
     if not path.is_file():
         raise UserError(f"no such data file: {path}; give {KINDS}")
     if path.suffix.lower() not in _READERS:
