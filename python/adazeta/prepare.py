@@ -41,6 +41,8 @@ def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
     note_unread(given, task.kind, say)
+    if kind == "encoder" and settings["pooling"] == "own" and not (private or "pooling" in given):
+        say("the model has no head: one on its hidden states may begin better, --pooling attention --depth auto")
     if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
         say(f"adapters act on all positions: task {settings['task']} on the {kind} model does not score the last alone")
         settings["positions"] = "all"

@@ -53,6 +53,19 @@ def test_settings_that_a_task_does_not_read_are_noted(world, task, idle):
     assert told == []
 
 
+def test_a_model_without_a_head_is_told_of_the_one_on_its_hidden_states(world):
+    settings = options.resolve({"model": str(world / "encoder"), "positions": "all"}, options.TRAIN)
+    for given, more, expected in (
+        ((), {}, ["may begin better, --pooling attention --depth auto"]),
+        (("pooling",), {}, []),
+        ((), {"pooling": "mean"}, []),
+        ((), {"dp_noise": 1.0}, []),  # --depth auto is not for private runs
+    ):
+        told = []
+        settle({**settings, **more}, told.append, given=given)
+        assert [line[-len(end) :] for line, end in zip(told, expected, strict=True)] == expected
+
+
 def test_settings_without_effect_from_flags_and_from_a_file(world, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text("pooling: own\nlabels:\n")  # the default, which was asked for, and nothing
     files = ("--model", world / "base", "--data", world / "data.jsonl")
