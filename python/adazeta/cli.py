@@ -30,6 +30,7 @@ from adazeta.commands import (
     train,
 )
 from adazeta.errors import ToldEverywhere, UserError
+from adazeta.memory import bound_prepared_products
 
 COMMANDS = [train, calibrate, eval, predict, templates, export, push, info, compare, plot, replay, journal, fetch]
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return FAILED
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bound_prepared_products()
     if not arguments.may_go_online:
         commands.stay_offline()
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started

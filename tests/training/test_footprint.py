@@ -1,5 +1,6 @@
 """What a forward takes, without running it; and how the planner uses it."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -242,3 +243,33 @@ def test_experts_are_planned_in_bfloat16_and_refused_in_one_line_otherwise(tmp_p
         assert "the memory of a forward in float32 is not known beforehand; --dtype bfloat16 may be: " in message
         code, out, err = main(capsys, *plan, *more, "--dtype", "bfloat16")
         assert code == 0 and "peak of training" in out, err
+
+
+MANY_SHAPES = """
+import ctypes, sys
+from adazeta import cli
+assert cli.main(["info", "576"]) == 0
+import torch
+
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(192, 96), 256)
+for tokens in range(1, 401):
+    torch.ops.mkldnn._linear_pointwise(torch.randn(tokens, 96), weight, None, "none", [], "")
+    if tokens == 200:
+        before = mallinfo().uordblks
+print((mallinfo().uordblks - before) >> 20, file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what it has given")
+def test_products_prepared_for_many_lengths_take_no_more_and_more():
+    """The command keeps 128 of them: the second 200 shapes take the places of others."""
+    done = subprocess.run([sys.executable, "-c", MANY_SHAPES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.splitlines()[-1]) < 20, done.stderr
