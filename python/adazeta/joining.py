@@ -1,5 +1,6 @@
 """How the processes that ``torchrun`` started find each other, also those that it starts again."""
 
+import atexit
 import os
 import re
 import time
@@ -27,12 +28,23 @@ def begin_group(timeout: timedelta) -> bool:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(_life(store, rank, size, timeout), store)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            atexit.register(_end_group)
         except (RuntimeError, ValueError) as error:
             where = f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}"
             raise UserError(
                 f"{where} cannot join the others ({reason_of(error)}); torchrun starts all of them"
             ) from error
     return True
+
+
+def _end_group() -> None:
+    """End the group that was begun, before Python ends: gloo's threads may still hold tensors of the last exchange.
+
+    A thread that lets go of one while the interpreter is finalized aborts the process ("terminate called without an
+    active exception"), and torchrun then takes a run that is complete for one that failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _life(store, rank: int, size: int, timeout: timedelta) -> str:

@@ -32,6 +32,15 @@ whole, ZerothOrder.step = ZerothOrder.step, step
 sys.exit(cli.main(sys.argv[1:]))
 """
 
+ENDS = """
+import atexit
+import torch.distributed as dist
+from adazeta.distributed import join
+
+atexit.register(lambda: print("a group is left" if dist.is_initialized() else "no group is left"))  # runs last
+join().gather_objects(1, "here")
+"""
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -59,6 +68,16 @@ def train(folder, output, *more, data="data.jsonl", steps=5):
     return [str(word) for word in ("train", *paths, *small, *settings, *SAME_BITS, *ADAPTER, *more)]
 
 
+def torchrun(*words):
+    """Run a script in two processes of one machine; return the process, done, with what they printed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *map(str, words)]
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def adapter(run):
     return (run / "adapter_model.safetensors").read_bytes()
 
@@ -67,18 +86,14 @@ def steps(run):
     return [(step.coefficients.tobytes(), step.loss, step.rows, step.digest) for step in read(run / NAME).steps]
 
 
+def test_the_group_ends_before_python_whose_end_its_threads_would_abort(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    assert torchrun(tmp_path / "ends.py").stdout.count("no group is left") == 2
+
+
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_that_of_one_process(folder, tmp_path, capsys):
     (tmp_path / "dies.py").write_text(DIES)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "dies.py"), *train(folder, tmp_path / "many")],
-        env={**os.environ, **paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = torchrun("--max-restarts", "1", tmp_path / "dies.py", *train(folder, tmp_path / "many"))
     assert done.stdout.count("written to") == 1 and done.stderr.count("dev loss") == 2  # before and after
     assert "exitcode: -9" in done.stderr and not list(tmp_path.glob("*.partial"))
     assert main(capsys, *train(folder, tmp_path / "one"))[0] == 0
