@@ -125,29 +125,63 @@ def _value(row: Mapping[str, Any], column: str, where: str):
     found: Any = row
     for part in column.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            known = ", ".join(map(str, row))
-            raise UserError(
-                f"{where}: no column {column!r}, found {known or 'none'}: name the columns with --text-column, "
-                "--label-column, --columns and, for multiple choice, --choices-column"
-            )
+            known = ", ".join(name if name == name.strip() else repr(name) for name in map(str, row))
+            raise UserError(f"{where}: no column {column!r}, found {known or 'none'}: {_advice(row, column)}")
         found = found[part]
     return found
 
 
-def _text(value) -> str:
-    """Return a cell as text; an empty one makes numbers of a column floats, and is NaN there."""
+def _advice(row: Mapping[str, Any], column: str) -> str:
+    """Return what to do about a column that a row does not have."""
+    names = list(map(str, row))
+    if len(names) == 1 and (found := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        between = {";": "semicolons", "\t": "tabs", "|": "bars"}[found]
+        advice = ", or name the file .tsv" if found == "\t" else ""
+        return f"its cells seem to have {between} between them, a .csv has commas: save it with those{advice}"
+    near = next((name for name in names if name.strip().casefold() == column.strip().casefold()), None)
+    meant = f"is {near!r} meant? " if near is not None else ""
+    flags = "--text-column, --label-column, --columns and, for multiple choice, --choices-column"
+    return f"{meant}name the columns with {flags}"
+
+
+def _text(value, where: str) -> str:
+    """Return a cell as text; an empty one makes numbers of a column floats, and is NaN there.
+
+    Raises:
+        UserError: a cell with parts, which is no text, bytes, or half a character; ``where`` names row and column.
+    """
+    if isinstance(value, (Mapping, list, tuple, bytes)):
+        kind = {dict: "an object", bytes: "bytes"}.get(type(value), "a list")
+        shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
+        more = "; a dot names a part, as in --text-column outer.inner" if isinstance(value, Mapping) else ""
+        raise UserError(f"{where}: expected text or a number, got {kind}, {shown}{more}")
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value).strip()
+    check_characters(text, where)
+    return text
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raise UserError for half a character, which no UTF-8 file holds: JSON spells one where text was cut in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(
+            f"{where}: {half} at character {error.start + 1} is no whole character: the text was cut in the middle of "
+            "one, or is not UTF-8"
+        ) from error
 
 
 def example_of(row: Mapping, where: str, fields: Fields, labels: Sequence[str] | None = None) -> Example | None:
     """Return the example in a row, None if its label is one to be left out.
 
     Raises:
-        UserError: a missing column, an empty text or label, an unknown label; ``where`` names the row.
+        UserError: a missing column, an empty text or label, a cell that is no text, several classes, or an unknown
+            label; ``where`` names the row.
     """
-    texts = {name: _text(_value(row, column, where)) for name, column in fields.texts.items()}
+    texts = {name: _text(_value(row, column, where), f"{where}, {column!r}") for name, column in fields.texts.items()}
     for name, column in fields.texts.items():
         if not texts[name]:
             what = "text" if len(texts) == 1 else f"column {column!r}"
@@ -158,10 +192,13 @@ def example_of(row: Mapping, where: str, fields: Fields, labels: Sequence[str] |
     if fields.label is not None:
         value = _value(row, fields.label, where)
         listed = isinstance(value, (list, tuple))
-        references = tuple(_text(v) for v in value) if listed else ()
-        label = (references or ("",))[0] if listed else _text(value)
+        place = f"{where}, {fields.label!r}"
+        references = tuple(_text(v, place) for v in value) if listed else ()
+        label = (references or ("",))[0] if listed else _text(value, place)
         if label in fields.skip:
             return None
+        if len(set(references)) > 1 and not (choices or fields.answers):
+            raise UserError(f"{place}: a text has one class, got several labels, {list(references)}: leave one of them")
         if choices and listed:
             label, choices = _right_choice(references, choices, where)
         elif choices:
@@ -192,7 +229,7 @@ def _class(label: str, names: Sequence[str]) -> str:
 def _choices(values: list, where: str) -> tuple[str, ...]:
     if len(values) == 1:
         values = list(values[0]) if isinstance(values[0], (list, tuple)) else str(values[0]).split("|")
-    choices = tuple(_text(choice) for choice in values)
+    choices = tuple(_text(choice, f"{where}, a candidate") for choice in values)
     if not all(choices) or len(set(choices)) < len(choices):
         raise UserError(f"{where}: candidates must be different and not empty, got {list(choices)}")
     return choices

@@ -133,7 +133,9 @@ def predict_file(
         raise UserError(f"{source} has a column {taken[0]!r} already, which the answers get: rename it")
 
     pairs = ((example_of(row, where, fields), row) for where, row in read_rows(source, split))
-    with replacing(output) as target, target.open("w", encoding="utf-8", newline="") as file:
+    # Columns that are not asked for may hold half a character, which JSON spells as its escape.
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with replacing(output) as target, target.open("w", **how) as file:
         write = _json_writer(file) if as_json else _csv_writer(file, output, [*columns, *added], labels)
         with progress_bar(total, "predict", "rows") as bar:
             settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "say": say}

@@ -114,12 +114,13 @@ def _rows(source: str, split: str, fields, say: Callable[[str], None]) -> Iterat
 
 def _texts(texts: list[str], fields) -> Iterator[tuple]:
     """Yield the examples in texts, each a row as JSON where examples have several columns; '-' is standard input."""
-    from ..examples import Example, example_of
+    from ..examples import Example, check_characters, example_of
 
-    lines = (line for text in texts for line in (sys.stdin if text == "-" else [text]))
+    lines = (line.removeprefix("\ufeff") for text in texts for line in (sys.stdin if text == "-" else [text]))
     columns = ", ".join(json.dumps(column) + ": ..." for column in (*fields.texts.values(), *fields.choices))
     for text in filter(None, map(str.strip, lines)):
         if len(fields.texts) == 1 and not fields.choices:
+            check_characters(text, repr(text[:40]))
             yield Example(text, ""), None
             continue
         try:
