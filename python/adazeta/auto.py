@@ -27,7 +27,7 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
         examples: of the training split.
 
     Raises:
-        UserError: a schedule that needs more than its name.
+        UserError: a schedule that needs more than its name, or evaluations.
     """
     import torch
     from transformers import get_scheduler
@@ -39,6 +39,7 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
     steps, per_epoch = steps_of(settings, preset, examples), steps_per_epoch(settings, examples)
     warmup = train.get("warmup_steps", 0)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factors = []
     try:
         scheduler = get_scheduler(
             train.get("lr_scheduler_type", "linear"),
@@ -46,13 +47,12 @@ def run_of(settings: Mapping[str, Any], preset: str, examples: int) -> Run:
             num_warmup_steps=math.ceil(steps * warmup) if warmup < 1 else int(warmup),
             num_training_steps=steps,
         )
+        for _ in range(steps):
+            factors.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr auto: {' '.join(str(error).split())}; give --lr a number") from error
-    factors = []
-    for _ in range(steps):
-        factors.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
     queries = as_schedule(zo["queries"])
     groups = groups_of(zo.get("directions", "batch"), settings["batch_size"]) * settings["accumulate"]
     return Run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -40,6 +41,22 @@ def positive(value) -> int:
 def natural(value) -> int:
     """Read an integer of at least zero."""
     return 0 if str(value).strip() == "0" else positive(value)
+
+
+def thread_count(value) -> int:
+    """Read a number of threads; torch ends the process, without a word, where it can't start as many."""
+    number = positive(value)
+    if number > 1024:
+        raise ValueError(f"expected at most 1024 threads, got {value!r}")
+    return number
+
+
+def minutes(value) -> float:
+    """Read a time of at least zero, that ends."""
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"expected a finite number of minutes, 0 or more, got {value!r}")
+    return number
 
 
 def positive_or_auto(value) -> int | str:

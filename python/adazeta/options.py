@@ -20,12 +20,14 @@ from adazeta.kinds import (
     directions,
     integer,
     layers,
+    minutes,
     names,
     natural,
     number_or_auto,
     positive,
     queries,
     services,
+    thread_count,
 )
 from adazeta.memory import read_size
 from adazeta.objective_options import OBJECTIVE
@@ -35,6 +37,17 @@ from adazeta.options_private import PRIVATE
 from adazeta.presets import PRESETS
 
 DEVICES = ("auto", "cpu", "cuda")
+#: Those of transformers that need no more than their name; ``TrainingArguments(lr_scheduler_kwargs=...)`` is for others.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+)
 _DEEPEST = 10  # levels of a settings file
 
 
@@ -73,7 +86,7 @@ MODEL = [
         choices=("auto", "plain", "packed"),
     ),
     Option("device", str, "where to compute: cpu, cuda, or auto: a GPU where there is one", "auto", choices=DEVICES),
-    Option("threads", positive, "CPU threads", shown="all cores"),
+    Option("threads", thread_count, "CPU threads", shown="all cores"),
     Option(
         "quantize",
         str,
@@ -148,7 +161,7 @@ TRAINING = [
     Option("seed", integer, "64-bit seed of directions and of the order of the data", 0),
     Option("steps", positive, "steps", goes_to="train.max_steps"),
     Option("rows", positive, "stop after so many forward rows", shown="no limit"),
-    Option("max-minutes", float, "stop training after so many minutes", shown="no limit"),
+    Option("max-minutes", minutes, "stop training after so many minutes", shown="no limit"),
     Option("batch-size", positive, "examples per step", goes_to="train.per_device_train_batch_size", default=16),
     Option(
         "data-ranks",
@@ -158,7 +171,14 @@ TRAINING = [
     ),
     Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
     Option("lr", number_or_auto, "learning rate; auto: measured (adazeta calibrate)", goes_to="train.learning_rate"),
-    Option("lr-schedule", str, "linear, cosine, constant, ...", goes_to="train.lr_scheduler_type", default="linear"),
+    Option(
+        "lr-schedule",
+        str,
+        f"how the learning rate changes: {', '.join(SCHEDULES)}",
+        goes_to="train.lr_scheduler_type",
+        default="linear",
+        choices=SCHEDULES,
+    ),
     Option(
         "warmup-steps",
         float,
@@ -234,7 +254,15 @@ def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, list[Optio
 
 
 def _metavar(option: Option) -> str:
-    return {integer: "N", positive: "N", natural: "N", float: "X", number_or_auto: "X"}.get(option.kind, "TEXT")
+    return {
+        integer: "N",
+        positive: "N",
+        natural: "N",
+        thread_count: "N",
+        float: "X",
+        minutes: "X",
+        number_or_auto: "X",
+    }.get(option.kind, "TEXT")
 
 
 def read_yaml(path: str, options: list[Option]) -> dict[str, Any]:

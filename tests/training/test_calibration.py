@@ -271,5 +271,5 @@ def test_wrong_turns_are_one_line(world, capsys):
     assert "--lr: could not convert" in fails(capsys, "train", *files(world), "--lr", "automatic")
     line = fails(capsys, "calibrate", *files(world), "--objective", "accuracy")
     assert "the task's loss is what is measured, and accuracy is another one" in line
-    line = fails(capsys, "calibrate", *files(world), *SAME_BITS, *TRAIN, "--lr-schedule", "cosine_with_min_lr")
+    line = fails(capsys, "calibrate", *files(world), *SAME_BITS, *TRAIN, "--lr-schedule", "reduce_lr_on_plateau")
     assert "--lr auto" in line and "give --lr a number" in line

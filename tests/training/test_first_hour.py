@@ -4,7 +4,11 @@ import io
 import json
 
 import pytest
+import torch
 from tiny_run import fails, main, train_command
+from transformers import get_scheduler
+
+from adazeta.options import SCHEDULES, TRAIN, resolve, section
 
 LABELS = ("negative", "positive")
 
@@ -82,3 +86,28 @@ def test_texts_that_are_not_utf8(world, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa film\n"))
     code, out, _ = main(capsys, "predict", run, "-", "--json")
     assert code == 0 and json.loads(out)["text"] == "a film"
+
+
+@pytest.mark.parametrize(
+    "flag, value, told",
+    [
+        ("--adapter-scale", "nan", "adapter: scale must be finite and not 0"),
+        ("--adapter-scale", "0", "adapter: scale must be finite and not 0"),
+        ("--init-gain", "inf", "adapter: init_gain must be positive and finite, got inf"),
+        ("--max-minutes", "nan", "--max-minutes: expected a finite number of minutes, 0 or more, got 'nan'"),
+        ("--max-minutes", "-1", "--max-minutes: expected a finite number of minutes, 0 or more, got '-1'"),
+        ("--threads", 10**6, "--threads: expected at most 1024 threads, got '1000000'"),
+        ("--lr-schedule", "cosine_with_min_lr", "--lr-schedule: expected one of linear, cosine, "),
+    ],
+)
+def test_settings_that_cannot_be_meant(world, capsys, tmp_path, flag, value, told):
+    assert told in fails(capsys, *train_command(world[0], tmp_path / "run", flag, value))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_that_are_offered(schedule):
+    train = {"lr_schedule": schedule, "lr": 0.01, "steps": 6, "warmup_steps": 2}
+    keywords = section("train", resolve(train, TRAIN), "default")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=keywords["learning_rate"])
+    get_scheduler(keywords["lr_scheduler_type"], optimizer, keywords["warmup_steps"], keywords["max_steps"])

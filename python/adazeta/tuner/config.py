@@ -1,5 +1,6 @@
 """``TTConfig``: the settings of the tensor-train adapter as a PEFT method."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,3 +82,7 @@ class TTConfig(PeftConfig):
             raise ValueError(f"init_seed must be in [0, 2**64), got {self.init_seed}")
         if self.bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        if not 0 < abs(self.scale) < math.inf:
+            raise ValueError(f"scale must be finite and not 0, with which nothing could be learned, got {self.scale}")
+        if not 0 < self.init_gain < math.inf:
+            raise ValueError(f"init_gain must be positive and finite, got {self.init_gain}")
