@@ -37,7 +37,7 @@ from adazeta.options_private import PRIVATE
 from adazeta.presets import PRESETS
 
 DEVICES = ("auto", "cpu", "cuda")
-#: Those of transformers that need no more than their name; ``TrainingArguments(lr_scheduler_kwargs=...)`` is for others.
+#: Those of transformers that need only their name; ``TrainingArguments(lr_scheduler_kwargs=...)`` is for others.
 SCHEDULES = (
     "linear",
     "cosine",
