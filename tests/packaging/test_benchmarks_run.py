@@ -40,7 +40,7 @@ def test_benchmarks_run_and_record(tmp_path):
     step["extra_info"]["ours_ms"] = 98765.0
     again.write_text(json.dumps({**whole, "benchmarks": [step]}))
     report = [sys.executable, "benchmarks/report.py", str(result), str(again), str(page)]
-    subprocess.run(report, cwd=ROOT, check=True, timeout=60)
+    subprocess.run(report, cwd=ROOT, check=True, timeout=300)
     text = page.read_text()
     for op, count in {**ops, "step_split": ops["step"]}.items():
         section = text.split(f"<!-- {op} -->")[1].split(f"<!-- end {op} -->")[0]

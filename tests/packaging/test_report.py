@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def report(*files):
     command = [sys.executable, "benchmarks/report.py", *map(str, files)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_results_of_some_cases_are_refused_and_the_page_stays(tmp_path):

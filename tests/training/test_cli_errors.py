@@ -195,6 +195,6 @@ def test_wrong_data_is_told_before_libraries_are_loaded(command, rows, told, wor
     (tmp_path / "rows.csv").write_text(rows)
     given = ["--model", world[0] / "base", "--output", tmp_path / "out"] if command != "eval" else [world[0] / "run"]
     given = [command, *given, "--data", tmp_path / "rows.csv"]
-    done = subprocess.run([sys.executable, "-c", LOOK, *given], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LOOK, *given], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["2"] and told in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def write_data(path: Path, count: int = 60) -> Path:
 
 
 def adazeta(
-    *arguments, cache: Path | None = None, timeout: float = 120, stdout=subprocess.PIPE, **environment
+    *arguments, cache: Path | None = None, timeout: float = 300, stdout=subprocess.PIPE, **environment
 ) -> subprocess.CompletedProcess:
     """Run ``python -m adazeta`` in a new process on one thread; return it with its output as text."""
     root = Path(__file__).resolve().parents[2]
