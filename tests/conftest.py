@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a fixed seed, poisoned uninitialised memory, and reasons of skips on the terminal."""
+"""Fixtures of the whole suite: a fixed seed, threads as before, poisoned uninitialised memory, and reasons of skips."""
 
 import pytest
 import torch
@@ -15,6 +15,14 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_as_before():
+    """Commands and tests set the number of threads; products round by it, so the next module must not inherit it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,11 @@
 import signal
 
 import pytest
-import torch
 from tiny_run import adazeta, train_command, write_data, write_model
 
 
 @pytest.fixture(scope="session")
-def first_run(tmp_path_factory):
+def world(tmp_path_factory):
     """Return a folder with a tiny base model ``base``, labelled texts ``data.jsonl`` and a run ``run``, and the ended
     process that made the run."""
     folder = tmp_path_factory.mktemp("world")
@@ -17,14 +16,6 @@ def first_run(tmp_path_factory):
     done = adazeta(*train_command(folder, "run"))
     assert done.returncode == 0, done.stderr
     return folder, done
-
-
-@pytest.fixture(scope="module")
-def world(first_run):
-    """Return what ``first_run`` does; commands use one thread, as products round by their number, later tests not."""
-    before = torch.get_num_threads()
-    yield first_run
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -161,9 +161,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
     write_model(folder / "base")
     write_data(folder / "data.jsonl", 14)  # 3 batches
-    before = torch.get_num_threads()
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def files(folder):

@@ -149,6 +149,7 @@ def test_saved_and_loaded_in_a_new_process(tmp_path):
         torch.save(full_logits(model, batch_for(model, 3, 6)), tmp_path / family / "logits.pt")
     code = f"""
 import sys, torch
+torch.set_num_threads({torch.get_num_threads()})
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import adazeta.tuner
 from families import FAMILIES, batch_for, build

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from test_metrics import by_definition
 from tiny_run import BAD, GOOD, fails, main, write_model
 
@@ -36,7 +35,7 @@ def broken(prompt, completion, reference):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model, texts with labels and with answers, and a file with functions."""
-    folder, before = tmp_path_factory.mktemp("objectives"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("objectives")
     write_model(folder / "base")
     rows = []
     for index in range(96):
@@ -47,8 +46,7 @@ def folder(tmp_path_factory):
         for part, chosen in (("", lines[32:]), ("-dev", lines[:32])):
             (folder / f"{name}{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
     (folder / "score.py").write_text(SCORE)
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def files(folder, kind: str, run: str) -> tuple:

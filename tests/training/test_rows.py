@@ -143,9 +143,9 @@ def test_too_few_shots_and_no_classes():
         take_shots(answers, 7, fields=Fields(answers=True))
 
 
-def test_wrong_turns_with_data_are_one_line(first_run, capsys, tmp_path, monkeypatch):
+def test_wrong_turns_with_data_are_one_line(world, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # it tries for half a minute
-    folder, _ = first_run
+    folder, _ = world
     (tmp_path / "one.csv").write_text("text,label\n" + "".join(f"film {i},positive\n" for i in range(9)))
     dev = tmp_path / "dev.csv"
     dev.write_text("text,label\nfilm a,positive\nfilm b,postive\n")

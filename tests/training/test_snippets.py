@@ -45,7 +45,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with the files that the pages name, and a model by the name of the one that would be fetched."""
-    folder, before = tmp_path_factory.mktemp("pages"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("pages")
     tokenizer = AutoTokenizer.from_pretrained(write_model(folder / "smollm2"))
     tokenizer.add_tokens([" terrible", " great"])  # one token each, as in models that are no toys
     tokenizer.save_pretrained(folder / "smollm2")
@@ -56,8 +56,7 @@ def files(tmp_path_factory):
     for name, words in {"reviews": ("0", "1"), "held-out": ("0", "1"), "letters": ("negative", "positive")}.items():
         rows = "".join(f"{text},{words[label]}\n" for text, label in texts)
         (folder / f"{name}.csv").write_text(f"text,label\n{rows}")
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ SETTLED = ("--positions", "all", "--directions", 2, "--threads", 1, "--dtype", "
 def models(tmp_path_factory):
     """Folders: a causal model, a masked one, an encoder without a head, an encoder-decoder."""
     folder = tmp_path_factory.mktemp("models")
-    before = torch.get_num_threads()
     write_model(folder / "causal")
     tokenizer = AutoTokenizer.from_pretrained(folder / "causal")
     tokenizer.add_special_tokens({"mask_token": "<mask>", "eos_token": "<eos>"})
@@ -45,8 +44,7 @@ def models(tmp_path_factory):
         model = auto.from_config(config) if auto else BertModel(config)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 @pytest.fixture(scope="module")

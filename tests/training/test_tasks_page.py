@@ -27,7 +27,6 @@ HYPOTHESES = {"entailment": "we liked it", "not_entailment": "we left early"}
 def folder(tmp_path_factory):
     """A folder with a causal model ``MODEL``, a masked one ``masked``, and the files of the page."""
     folder = tmp_path_factory.mktemp("page")
-    before = torch.get_num_threads()
     write_model(folder / "MODEL")
     tokenizer = AutoTokenizer.from_pretrained(folder / "MODEL")
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
@@ -47,8 +46,7 @@ def folder(tmp_path_factory):
             follows = ("not_entailment", "entailment")[(label == "positive") == (index % 4 < 2)]
             row = {"premise": f"It was {text}.", "hypothesis": HYPOTHESES[follows], "label": follows}
             stream.write(json.dumps(row) + "\n")
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def run(capsys, command, *more):
