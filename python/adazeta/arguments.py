@@ -36,7 +36,8 @@ WORKS = (
     "restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config "
     "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns "
-    "label_names train_sampling_strategy debug skip_memory_metrics"
+    "label_names train_sampling_strategy debug skip_memory_metrics "
+    "logging_dir warmup_ratio"
 ).split()
 
 IGNORED = {
@@ -85,7 +86,9 @@ def check_arguments(args: TrainingArguments) -> None:
     for field in fields(args):
         default = field.default_factory() if field.default is MISSING else field.default
         value = getattr(args, field.name)
-        if field.name in REFUSED and value and value != default:
+        # Earlier versions of transformers fill in fsdp_config, where it is not asked for, with what is off.
+        on = any(value.values()) if isinstance(value, Mapping) else value
+        if field.name in REFUSED and on and value != default:
             asked.append(f"{field.name}={_text(value)}: {REFUSED[field.name]}")
     if asked:
         raise ValueError(f"TrainingArguments that ZOTrainer does not take: {'; '.join(asked)}")

@@ -53,7 +53,7 @@ def test_the_table_accounts_for_every_field():
     assert len(table) == len(set(table)) and arguments.REFUSED.keys() == REFUSED.keys()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainingArguments) if field.name in REFUSED])
 def test_what_has_no_use_without_gradients_raises(tmp_path, name):
     args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
     setattr(args, name, REFUSED[name])  # of some, TrainingArguments itself wants a GPU or a package
@@ -66,7 +66,9 @@ def test_what_has_no_use_without_gradients_raises(tmp_path, name):
 def test_what_is_off_or_default_is_taken(tmp_path):
     for value in (0, None, 1.0):
         arguments.check_arguments(TrainingArguments(str(tmp_path), use_cpu=True, max_grad_norm=value))
-    arguments.check_arguments(TrainingArguments(str(tmp_path), use_cpu=True, activation_checkpointing=False))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, gradient_checkpointing=False)
+    args.fsdp_config = {"min_num_params": 0, "xla": False}  # as earlier versions of transformers fill it in
+    arguments.check_arguments(args)
 
 
 @pytest.mark.parametrize("name", arguments.NOT_TAKEN)
@@ -281,6 +283,8 @@ def test_pushed_to_the_hub(tmp_path, monkeypatch):
             pushed.append((repo_id, settings["commit_message"], names))
             return type("Job", (), {"done": lambda self: True, "is_done": lambda self: True})()
 
+    if not hasattr(transformers.trainer, "hf_api"):
+        pytest.skip("this transformers pushes by functions, not by an HfApi")
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
     run = trainer(tmp_path / "tuned", max_steps=3, push_to_hub=True, hub_model_id="tuned")
     run.train()
