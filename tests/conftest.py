@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a fixed seed, threads as before, poisoned uninitialised memory, and reasons of skips."""
+"""Fixtures of the whole suite: seed, cache, threads, poisoned uninitialised memory; and reasons of skips are shown."""
 
 import pytest
 import torch
@@ -15,6 +15,14 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Neither find nor leave anything in the user's cache: a test that fetches a model does so everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAZETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
