@@ -1,5 +1,6 @@
 """Base models too large for one device: split over processes by tensors, queries over replicas; blocks left on disk."""
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,12 +12,15 @@ from on_ranks import on_ranks
 from peft import get_peft_model
 from tiny import lm_batch, tiny_llama
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from adazeta import TTConfig, ZerothOrder
 from adazeta.distributed import Ranks, open_journal
 from adazeta.journal import NAME, read
 from adazeta.losses import lm_loss
 
+REPLICAS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters
+only_with_replicas = pytest.mark.skipif(not REPLICAS, reason="this transformers makes no replicas of a split model")
 SETTINGS = {"lr": 0.1, "eps": 0.05, "momentum": 0.9, "run_seed": 7, "queries": 3}
 
 
@@ -43,12 +47,12 @@ def saved(tmp_path):
     torch.set_num_threads(threads)
 
 
+@only_with_replicas
 def test_a_base_split_by_tensors_with_the_queries_over_two_replicas(tmp_path, saved):
-    distributed = pytest.importorskip("transformers.distributed", reason="this transformers cannot split models")
     folder, losses, theta = saved
 
     def work(rank):
-        config = distributed.DistributedConfig(tp_size=2, dp_replicate_size=2)
+        config = DistributedConfig(tp_size=2, dp_replicate_size=2)
         base = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
         assert base.model.layers[0].mlp.down_proj.weight.to_local().shape == (32, 24)  # half of it is here
         groups = [dist.new_group([part, part + 2]) for part in (0, 1)]
@@ -65,11 +69,11 @@ def test_a_base_split_by_tensors_with_the_queries_over_two_replicas(tmp_path, sa
     assert [len(read(tmp_path / f"part-{part}" / NAME, repair=True).steps) for part in (0, 1)] == [3, 3]
 
 
+@only_with_replicas
 def test_the_lines_of_the_page(tmp_path, saved):
-    distributed = pytest.importorskip("transformers.distributed", reason="this transformers cannot split models")
     page = (Path(__file__).resolve().parents[2] / "docs" / "many-machines.md").read_text(encoding="utf-8")
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "tp_size" in block]
-    names = {**globals(), "DistributedConfig": distributed.DistributedConfig, "folder": saved[0]}
+    names = {**globals(), "folder": saved[0]}
 
     def work(rank):
         os.chdir(tmp_path)
