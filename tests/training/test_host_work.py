@@ -96,7 +96,7 @@ with freed_memory_kept():
     figures["kept"] = held()
     with freed_memory_kept():
         pass  # and does not end with an inner one
-    figures["again"] = sorted(held() for _ in range(11))[5]  # holes that are just too small cost a round or two
+    figures["again"] = sorted(held() for _ in range(61))[30]  # holes that are just too small cost some rounds
 figures["left"] = _status("VmRSS:") - start
 print(json.dumps(figures))
 """
