@@ -211,7 +211,7 @@ def _write_linear(folder: Path, classifier: Classifier, factors: list[Factors], 
     if isinstance(model.get_base_model(), Pooled):
         raise UserError(
             "a head on a mean of the hidden states (--pooling mean, attention) is no model of transformers: use --to "
-            "low-rank"
+            "low-rank, or train with --pooling own"
         )
     layers = dict(model.base_model.tt_layers("default"))
     updates = {}

@@ -30,8 +30,10 @@ def settle_depth(
 ) -> dict[str, Any]:
     """Return the settings with a number for ``depth``, where that is ``auto`` and the task has a head.
 
+    With fewer examples than a comparison takes it is None, all blocks.
+
     Raises:
-        UserError: a private run, which would show something of its examples, or too few of them.
+        UserError: a private run, which would show something of its examples.
     """
     from adazeta.prepare import new_classifier
 
@@ -40,7 +42,8 @@ def settle_depth(
     if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
         raise UserError("--depth auto looks at the data without noise: give a private run a number")
     if len(examples) < FOLDS:
-        raise UserError(f"--depth auto compares by {FOLDS} examples at least, got {len(examples)}: give a number")
+        say(f"all blocks run: --depth auto compares them by {FOLDS} examples at least, got {len(examples)}")
+        return {**settings, "depth": None}
     whole = new_classifier({**settings, "depth": None, "gemm": "plain"}, preset, lambda line: None)
     with progress_bar(min(len(examples), MOST_ROWS), "depth", "rows") as bar:
         losses = losses_by_depth(whole, examples, batch_size=settings["eval_batch_size"], progress=bar.update)

@@ -92,8 +92,8 @@ TASK = [
         "pooling",
         str,
         "head: own (the model's), mean (of the hidden states), or attention (a mean whose weights train)",
-        "own",
         choices=("own", "mean", "attention"),
+        shown="own; for an encoder without a head attention with --depth auto, in a private run mean",
         tasks=("head",),
     ),
     Option(

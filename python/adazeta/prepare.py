@@ -37,15 +37,32 @@ def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection
 
         chosen_device(settings["device"])
     kind = architecture(model_folder(settings["model"], say))
-    settings = dict(settings)
+    settings = _with_pooling(settings, kind, private, say)
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
     note_unread(given, task.kind, say)
-    if kind == "encoder" and settings["pooling"] == "own" and not (private or "pooling" in given):
-        say("the model has no head: one on its hidden states may begin better, --pooling attention --depth auto")
     if settings["positions"] == "last" and (settings["task"], kind) != (LabelWordTask.kind, "causal"):
         say(f"adapters act on all positions: task {settings['task']} on the {kind} model does not score the last alone")
         settings["positions"] = "all"
+    return settings
+
+
+def _with_pooling(settings: Mapping[str, Any], kind: str, private: bool, say) -> dict[str, Any]:
+    """Return the settings with a ``pooling``, and the ``depth`` beside it, that begin well on a model of ``kind``.
+
+    What ``transformers`` puts on an encoder without a head reads what pretraining made of one token, and begins far
+    behind a mean of all of them (docs/tasks.md).
+    """
+    settings = dict(settings)
+    if settings["pooling"] is not None:
+        return settings
+    if kind != "encoder" or settings["head"] == "tt":  # which adapts the layers of the model's own head
+        return {**settings, "pooling": "own"}
+    settings["pooling"] = "mean" if private else "attention"
+    if settings["depth"] is None and settings["layers"] in (None, "middle") and not private:
+        settings["depth"] = "auto"
+    depth = "" if settings["depth"] is None else f" --depth {settings['depth']}"
+    say(f"the model has no head: it gets --pooling {settings['pooling']}{depth}; --pooling own is that of transformers")
     return settings
 
 

@@ -45,12 +45,13 @@ def test_the_best_depth_is_settled_and_told(monkeypatch, spoilt, depth):
     assert said[0].startswith(f"depth {found['depth']} of 4 blocks: ")
 
 
-def test_a_number_is_kept_and_too_few_or_private_examples_are_refused():
+def test_a_number_is_kept_too_few_examples_tell_nothing_and_private_ones_are_refused():
+    said = []
     settings = {"task": "head", "depth": "auto", "dp_epsilon": None, "dp_noise": None}
     assert settle_depth({**settings, "task": "label-words"}, examples(), "default")["depth"] == "auto"  # has no effect
     assert settle_depth({**settings, "depth": 2}, [], "default")["depth"] == 2
-    with pytest.raises(UserError, match="5 examples at least, got 4"):
-        settle_depth(settings, examples(4), "default")
+    assert settle_depth(settings, examples(4), "default", said.append)["depth"] is None  # all blocks
+    assert said == ["all blocks run: --depth auto compares them by 5 examples at least, got 4"]
     with pytest.raises(UserError, match="give a private run a number"):
         settle_depth({**settings, "dp_epsilon": 8.0}, examples(), "default")
 

@@ -53,17 +53,21 @@ def test_settings_that_a_task_does_not_read_are_noted(world, task, idle):
     assert told == []
 
 
-def test_a_model_without_a_head_is_told_of_the_one_on_its_hidden_states(world):
-    settings = options.resolve({"model": str(world / "encoder"), "positions": "all"}, options.TRAIN)
-    for given, more, expected in (
-        ((), {}, ["may begin better, --pooling attention --depth auto"]),
-        (("pooling",), {}, []),
-        ((), {"pooling": "mean"}, []),
-        ((), {"dp_noise": 1.0}, []),  # --depth auto is not for private runs
-    ):
-        told = []
-        settle({**settings, **more}, told.append, given=given)
-        assert [line[-len(end) :] for line, end in zip(told, expected, strict=True)] == expected
+def test_the_head_of_a_model_that_has_none(world):
+    def settled(model="encoder", **given):
+        told, given = [], {name: str(value) for name, value in given.items()}
+        settings = options.resolve({"model": str(world / model), "positions": "all", **given}, options.TRAIN)
+        settings = settle(settings, told.append, given=given)
+        return settings["pooling"], settings["depth"], [line[line.index("it gets ") + 8 :] for line in told]
+
+    own = "; --pooling own is that of transformers"
+    assert settled() == ("attention", "auto", [f"--pooling attention --depth auto{own}"])
+    assert settled(layers="middle")[:2] == ("attention", "auto")
+    assert settled(layers="1") == ("attention", None, [f"--pooling attention{own}"])  # a block that must not go
+    assert settled(depth=1) == ("attention", 1, [f"--pooling attention --depth 1{own}"])
+    assert settled(dp_noise=1.0) == ("mean", None, [f"--pooling mean{own}"])  # whose examples nothing else may see
+    assert settled(pooling="own") == ("own", None, []) and settled(pooling="mean") == ("mean", None, [])
+    assert settled(head="tt") == ("own", None, []) and settled("base", task="head") == ("own", None, [])
 
 
 def test_settings_without_effect_from_flags_and_from_a_file(world, capsys, tmp_path):

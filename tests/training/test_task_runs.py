@@ -78,9 +78,9 @@ CASES = [
     ("causal", "labels", (), "label-words", 0.05),
     ("masked", "labels", ("--template", "{text}{mask}"), "label-words", 0.05),
     ("seq2seq", "labels", ("--template", "{text}", "--layers", "0-1"), "label-words", 0.05),
-    ("encoder", "labels", RANDOM, "head", 0.03),
+    ("encoder", "labels", (*RANDOM, "--pooling", "own"), "head", 0.03),
     ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0-1", "--steps", 40), "head", 0.01),
-    ("encoder", "labels", (*RANDOM, "--pooling", "attention", "--layers", "0-1", "--steps", 40), "head", 0.01),
+    ("encoder", "labels", (*RANDOM, "--layers", "0-1", "--steps", 40), "head", 0.01),  # --pooling attention
     ("encoder", "labels", (*RANDOM, "--pooling", "mean", "--layers", "0", "--depth", 1, "--steps", 40), "head", 0.01),
     ("masked", "labels", (*RANDOM, "--task", "head", "--labels", "negative,positive"), "head", 0.03),
     ("masked", "labels", ("--task", "head", *RANDOM, "--head", "tt", "--steps", 40), "head", 0.03),
@@ -125,7 +125,7 @@ def test_a_run_of_each_kind(models, data, tmp_path, capsys, model, source, more,
 
 def test_the_depth_that_is_found_stays_with_the_run(models, data, tmp_path, capsys):
     run, files = tmp_path / "run", ("--model", models / "encoder", "--data", data / "labels.jsonl")
-    more = ("--pooling", "attention", "--depth", "auto", "--layers", 0, "--lr", 0.01, "--output", run)
+    more = ("--layers", "middle", "--lr", 0.01, "--output", run)  # --pooling attention --depth auto
     code, out, err = main(capsys, "train", *files, *SMALL, *SETTLED, *more)
     assert code == 0, err
     card = json.loads((run / "adazeta.json").read_text())
@@ -189,7 +189,7 @@ def test_architectures(models, tmp_path):
         ("masked", "answers", ("--task", "completion"), "causal or encoder-decoder"),
         ("encoder", "labels", ("--task", "label-words"), "no language-model head"),
         ("encoder", "labels", ("--dtype", "bfloat16"), "needs float32"),
-        ("encoder", "labels", ("--depth", 1), "--depth is for --pooling mean or attention"),
+        ("encoder", "labels", ("--pooling", "own", "--depth", 1), "--depth is for --pooling mean or attention"),
         ("encoder", "labels", ("--pooling", "mean", "--depth", 3), "--depth 3: "),
         ("encoder", "labels", ("--pooling", "mean", "--depth", 0), "at least 1, got '0'"),
         ("encoder", "labels", ("--pooling", "mean", "--depth", 1, "--layers", 1), "block"),
