@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .errors import UserError
-from .head_start import starts_fitted
 from .measures import Aim
+from .prepare import starts_fitted
 
 
 def best_metric(settings: Mapping[str, Any], aim: Aim, *, dev: bool, processes: int) -> str | None:

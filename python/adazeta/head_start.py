@@ -31,9 +31,9 @@ from adazeta.data import row_tokens
 from adazeta.errors import UserError
 from adazeta.forwards import forward_of
 from adazeta.heads import head_modules
+from adazeta.prepare import starts_fitted
 from adazeta.progress import progress_bar
 from adazeta.scoring import language_model
-from adazeta.tasks import HeadTask
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Most examples that are looked at, and most numbers of hidden states that are kept of them, where tokens are weighed.
@@ -77,16 +77,8 @@ def fit_head(classifier, examples: Sequence[Any], *, batch_size: int = 32, progr
     return loss
 
 
-def starts_fitted(settings: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings begins with a fitted head: unless they say otherwise, or it is private."""
-    if settings["task"] != HeadTask.kind:
-        return False
-    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    return (settings["head_start"] or ("random" if private else "fitted")) == "fitted"
-
-
 def start_head(classifier, examples: Sequence[Any], settings: Mapping[str, Any], say=lambda line: None) -> None:
-    """Fit the head of a new run, where :func:`starts_fitted` says so."""
+    """Fit the head of a new run, where :func:`adazeta.prepare.starts_fitted` says so."""
     if not starts_fitted(settings):
         return
     with progress_bar(min(len(examples), MOST_ROWS), "fit head", "rows") as bar:

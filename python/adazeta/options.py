@@ -170,7 +170,12 @@ TRAINING = [
         1,
     ),
     Option("accumulate", positive, "batches per step", goes_to="train.gradient_accumulation_steps", default=1),
-    Option("lr", number_or_auto, "learning rate; auto: measured (adazeta calibrate)", goes_to="train.learning_rate"),
+    Option(
+        "lr",
+        number_or_auto,
+        "learning rate; auto: measured (adazeta calibrate); without either 0.005 where a head begins fitted",
+        goes_to="train.learning_rate",
+    ),
     Option(
         "lr-schedule",
         str,

@@ -130,6 +130,23 @@ def check_measurable(settings: Mapping[str, Any]) -> None:
         raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
 
 
+def starts_fitted(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings begins with a fitted head: unless they say otherwise, or it is private."""
+    if settings["task"] != HeadTask.kind:
+        return False
+    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
+    return (settings["head_start"] or ("random" if private else "fitted")) == "fitted"
+
+
+def with_fitted_lr(settings: Mapping[str, Any], preset: str, given: Collection[str]) -> dict[str, Any]:
+    """Return settled settings of a new run with the learning rate for a fitted head in the place of the preset's."""
+    rates = PRESETS[preset]
+    asked = "lr" in given or settings["lr"] != rates.train["learning_rate"]
+    if asked or rates.fitted_lr is None or not starts_fitted(settings):
+        return dict(settings)
+    return {**settings, "lr": rates.fitted_lr}
+
+
 def as_before(settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a resumed run: what trials found when it began stays."""
     if not stored:

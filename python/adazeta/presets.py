@@ -8,11 +8,15 @@ from .schedule import AdaptiveQueries
 
 @dataclass(frozen=True)
 class Preset:
-    """Keyword arguments for ``TTConfig`` (``tt``), ``ZOConfig`` (``zo``) and ``TrainingArguments`` (``train``)."""
+    """Keyword arguments for ``TTConfig`` (``tt``), ``ZOConfig`` (``zo``) and ``TrainingArguments`` (``train``).
+
+    ``fitted_lr`` is the learning rate where a head begins fitted (``adazeta.head_start``), None the one of ``train``.
+    """
 
     tt: dict[str, Any] = field(default_factory=dict)
     zo: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    fitted_lr: float | None = None
 
 
 PRESETS = {
@@ -47,6 +51,7 @@ PRESETS = {
             "weight_decay": 0.0,
             "train_sampling_strategy": "group_by_length",
         },
+        fitted_lr=0.005,  # at such a start the head has no gradient left: larger steps lead away from it
     ),
     "paper": Preset(
         tt={"rank": 5, "bottleneck": 64, "sites": "paper", "act": "relu", "bias": True, "init": "identity"},

@@ -24,6 +24,7 @@ from adazeta.prepare import (
     settle_machine,
     settle_privacy,
     steps_of,
+    with_fitted_lr,
     zo_config,
 )
 from adazeta.report import adapter_size, digests, machine
@@ -263,6 +264,7 @@ def train(
     splits, settings = together(ranks, lambda: load_data(settle(settings, say, given), say), "data")
     processes = ranks.size if ranks is not None else 1
     settings = settle_privacy(settings, preset, len(splits["train"]), say, processes, resume=resume)
+    settings = settings if resume else with_fitted_lr(settings, preset, given)
     if test and not splits["test"]:
         raise UserError(
             f"--test: {settings['data']} has no test split, only the movie sentences have: keep rows of it in another "

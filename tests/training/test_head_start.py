@@ -14,8 +14,10 @@ from adazeta import TTConfig
 from adazeta.attention_regression import best_regression
 from adazeta.data import Example
 from adazeta.errors import UserError
-from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head, starts_fitted
+from adazeta.head_start import FOLDS, fit_head, logistic_regression, start_head
 from adazeta.heads import Pooled, head_modules
+from adazeta.prepare import starts_fitted, with_fitted_lr
+from adazeta.presets import PRESETS
 from adazeta.tasks import HeadTask
 
 CLASSES = ("bad", "fair", "good")
@@ -141,6 +143,24 @@ def test_when_it_is_fitted(settings, fitted):
     start_head(it, examples(), settings, said.append)
     assert len(said) == fitted == starts_fitted(settings)
     assert not starts_fitted({**settings, "task": "label-words"})
+
+
+def test_the_learning_rate_of_a_fitted_head():
+    rates = PRESETS["default"]
+    own, fitted = rates.train["learning_rate"], rates.fitted_lr
+    settings = {"task": "head", "head_start": None, "dp_epsilon": None, "dp_noise": None, "lr": own}
+    for more, given, preset, expected in (
+        ({}, (), "default", fitted),
+        ({}, ("lr",), "default", own),
+        ({"lr": 0.02}, (), "default", 0.02),  # from Python, or of a dataset template
+        ({"lr": "auto"}, (), "default", "auto"),
+        ({"head_start": "random"}, (), "default", own),
+        ({"dp_noise": 1.0}, (), "default", own),
+        ({"task": "label-words"}, (), "default", own),
+        ({"lr": 1e-4}, (), "paper", 1e-4),
+    ):
+        assert with_fitted_lr({**settings, **more}, preset, given)["lr"] == expected
+    assert fitted < own
 
 
 def test_a_head_without_a_last_linear_layer():
