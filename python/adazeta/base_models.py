@@ -87,6 +87,14 @@ def architecture(folder: Path) -> str:
     return known[0]
 
 
+def has_own_head(folder: Path) -> bool:
+    """Return whether ``transformers`` has a classification head for the model in ``folder``; True where no type is."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return kind is None or kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
 @contextmanager
 def told_in_one_line(what: str) -> Iterator[None]:
     """Turn what ``transformers`` raises at files that it cannot use into a UserError: ``what``, and why."""
@@ -195,6 +203,9 @@ def load_base(
         keywords["quantization_config"] = quantization_config(quantize, place.type)
     if with_head and task.pooling != "own" and architecture(folder) == "seq2seq":
         raise UserError(f"--pooling {task.pooling}: {name} is an encoder-decoder, whose head is its own: --pooling own")
+    if with_head and task.pooling == "own" and not has_own_head(folder):
+        way = "--task label-words" if architecture(folder) == "seq2seq" else "--pooling attention"
+        raise UserError(f"{name}: transformers has no classification head for its model type; use {way}")
     if with_head and task.depth is not None:
         keywords["config"] = _config_of_depth(task.depth, folder, name)
     wanted = "with a classification head" if with_head else "as a language model"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from adazeta.base_models import architecture, load_base, model_folder
+from adazeta.base_models import architecture, has_own_head, load_base, model_folder
 from adazeta.errors import UserError
 from adazeta.examples import Example, fields_of
 from adazeta.options import note_unread, section
@@ -51,12 +51,14 @@ def _with_pooling(settings: Mapping[str, Any], kind: str, private: bool, say) ->
     """Return the settings with a ``pooling``, and the ``depth`` beside it, that begin well on a model of ``kind``.
 
     What ``transformers`` puts on an encoder without a head reads what pretraining made of one token, and begins far
-    behind a mean of all of them (docs/tasks.md).
+    behind a mean of all of them (docs/tasks.md). For some models it has no head at all.
     """
     settings = dict(settings)
     if settings["pooling"] is not None:
         return settings
-    if kind != "encoder" or settings["head"] == "tt":  # which adapts the layers of the model's own head
+    headed = settings["task"] == HeadTask.kind or kind == "encoder"
+    bare = kind == "encoder" or headed and kind != "seq2seq" and not has_own_head(model_folder(settings["model"]))
+    if not bare or settings["head"] == "tt":  # which adapts the layers of the model's own head
         return {**settings, "pooling": "own"}
     settings["pooling"] = "mean" if private else "attention"
     if settings["depth"] is None and settings["layers"] in (None, "middle") and not private:

@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .batches import host
 from .errors import SettingError
 from .planner import Planner, is_out_of_memory
+from .tokens import looking
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,39 @@ def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, An
     trunk = trunk_of(tt_model.model)
     config = trunk.config.get_text_config()
     # The mask of the copies says who sees whom in every layer, also in those that see a window alone.
+    if hasattr(config, "attention_types"):  # GPT-Neo's local layers cut out their window themselves, by column
+        return False
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(window is not None and batch["input_ids"].shape[1] > window for window in windows):
         return False
     mask = batch.get("attention_mask")
     if mask is not None and batch.get("position_ids") is None and _has_holes(host(mask)):
         return False  # a family may count them or not
-    return "position_ids" in inspect.signature(trunk.forward).parameters
+    return "position_ids" in inspect.signature(trunk.forward).parameters and _takes_copies(
+        trunk, batch["input_ids"].device
+    )
+
+
+#: Models that were looked at, and whether a copy of a prompt's last token gets the hidden states of the token.
+_LOOKED: "WeakKeyDictionary[torch.nn.Module, bool]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _takes_copies(trunk: torch.nn.Module, device: torch.device) -> bool:
+    """Whether the last of three copies gets the hidden state of the last of seven tokens: a family may take positions
+    and count columns all the same."""
+    if trunk not in _LOOKED:
+        ids = (torch.arange(2, 9, device=device) % trunk.get_input_embeddings().num_embeddings)[None]
+        copied = CopiedPrompts.of(ids, torch.ones_like(ids), 3, next(trunk.parameters()).dtype)
+        given = {"position_ids": copied.position_ids, "attention_mask": copied.attention_mask}
+        token = looking.set(True)
+        try:
+            plain, last = trunk(input_ids=ids)[0][0, -1], trunk(input_ids=copied.input_ids, **given)[0][0, -1]
+            bound = 1e-2 * float(plain.nan_to_num().abs().max())
+            _LOOKED[trunk] = torch.allclose(last, plain, rtol=0, atol=bound, equal_nan=True)
+        finally:
+            looking.reset(token)
+    return _LOOKED[trunk]
 
 
 def _has_holes(mask: torch.Tensor) -> bool:

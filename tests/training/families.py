@@ -19,11 +19,42 @@ _COMMON = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _DECODER = {**_GROUPED, "head_dim": 8}
+_SIZES = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "share_att_key": True}
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+_T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "feed_forward_proj": "gated-gelu",
+}
+_BART = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 40,
+    "init_std": 0.1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    **_SPECIAL,
+}
 SETTINGS = {
     "bert": _COMMON,
-    "roberta": _COMMON,
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ernie", "megatron-bert", "mpnet"), _COMMON
+    ),
+    "electra": {**_COMMON, "embedding_size": 16},
+    "deberta": {**_COMMON, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "eurobert": {**_GROUPED, **_SPECIAL},
     "deberta-v2": {**_COMMON, **_DEBERTA, "norm_rel_ebd": "layer_norm"},
     "distilbert": {
         "vocab_size": 64,
@@ -53,10 +84,32 @@ SETTINGS = {
         "max_position_embeddings": 40,
         "init_std": 0.1,
     },
-    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "initializer_range": 0.1},
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), {**_SIZES, "n_positions": 40}),
+    "gptj": {**_SIZES, "n_positions": 40, "rotary_dim": 4, **_SPECIAL},
+    "codegen": {**_SIZES, "n_positions": 40, "rotary_dim": 4, **_SPECIAL},
+    "gpt_neo": {
+        **_COMMON,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+        **_SPECIAL,
+    },
     "gpt_neox": _COMMON,
-    "llama": _DECODER,
-    "smollm3": _GROUPED,
+    "falcon": {**_COMMON, "num_kv_heads": 2, "new_decoder_architecture": True, **_SPECIAL},
+    "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+    "mpt": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "expansion_ratio": 2,
+        "initializer_range": 0.1,
+    },
+    "phi": {**_GROUPED, **_SPECIAL},
+    **dict.fromkeys(("llama", "helium", "apertus", "arcee", "glm", "glm4"), _DECODER),
+    **dict.fromkeys(("granite", "cohere", "olmo", "stablelm", "nemotron", "starcoder2", "smollm3"), _GROUPED),
+    **dict.fromkeys(("cohere2", "olmo2", "olmo3", "exaone4", "seed_oss", "ministral3"), _DECODER),
     "mistral": {**_DECODER, "sliding_window": 4},
     "qwen2": _GROUPED,
     "qwen3": _DECODER,
@@ -71,18 +124,23 @@ SETTINGS = {
     "phi3": {**_GROUPED, **_SPECIAL},
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "t5": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-        "feed_forward_proj": "gated-gelu",
+    "qwen2_moe": {
+        **_GROUPED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
     },
+    "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "mbart"), _BART),
 }
-MASKED = ("bert", "roberta", "deberta-v2", "distilbert", "modernbert")
+MASKED = (
+    *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "ernie", "megatron-bert", "mpnet"),
+    *("deberta", "deberta-v2", "distilbert", "modernbert", "eurobert"),
+)
+SEQ2SEQ = ("t5", "mt5", "umt5", "bart", "mbart")
 FAMILIES = sorted(SETTINGS)
 
 
@@ -98,7 +156,7 @@ def build(model_type: str, auto=None, **settings):
             transformers.AutoModelForMaskedLM
             if model_type in MASKED
             else transformers.AutoModelForSeq2SeqLM
-            if model_type == "t5"
+            if model_type in SEQ2SEQ
             else transformers.AutoModelForCausalLM
         )
     return auto.from_config(config).eval()

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from families import FAMILIES, batch_for, build
+from families import FAMILIES, SEQ2SEQ, batch_for, build
 from peft import get_peft_model
 from tiny import lm_batch, moved, tiny_adapted, tiny_llama
 from torch import nn
@@ -21,23 +21,46 @@ from adazeta.losses import lm_loss
 #: does what stands before a router: other tokens would ask for other experts.
 LLAMA = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 BERT = {"attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"}
+ATTENTION = {"self_attn.q_proj", "self_attn.o_proj"}
+T5 = {
+    *("layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
+    *("layer.1.EncDecAttention.q", "layer.1.EncDecAttention.o"),
+    *("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1", "layer.2.DenseReluDense.wo"),
+}
+BART = {
+    *("self_attn.q_proj", "self_attn.out_proj", "encoder_attn.q_proj", "encoder_attn.out_proj"),
+    *("fc1", "fc2"),
+}
 ABOVE = {
     **dict.fromkeys(FAMILIES, LLAMA),
-    **dict.fromkeys(("bert", "roberta"), BERT),
-    "deberta-v2": BERT - {"attention.self.query"},  # its query layer also multiplies the table of relative positions
+    **dict.fromkeys(("apertus", "arcee", "nemotron"), LLAMA - {"mlp.gate_proj"}),
+    **dict.fromkeys(("glm", "glm4"), {*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"}),
+    "phi3": {"self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "starcoder2": {*ATTENTION, "mlp.c_fc", "mlp.c_proj"},
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), ATTENTION),
+    "qwen2_moe": {
+        *ATTENTION,
+        *(f"mlp.base_layer.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+        "mlp.base_layer.shared_expert_gate",
+    },
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "ernie"), BERT),
+    "megatron-bert": BERT,
+    # A query layer that also multiplies the table of relative positions, and one with keys and values in it.
+    **dict.fromkeys(("deberta-v2", "deberta"), BERT - {"attention.self.query"}),
+    "mpnet": {"attention.attn.q", "attention.attn.o", "intermediate.dense", "output.dense"},
     "distilbert": {"attention.q_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"},
     "modernbert": {"attn.Wo", "mlp.Wi", "mlp.Wo"},
-    "gpt2": {"attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), {"attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "gpt_neo": {"attn.attention.q_proj", "attn.attention.out_proj", "mlp.c_fc", "mlp.c_proj"},
     "gpt_neox": {"attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
-    "phi3": {"self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    **dict.fromkeys(("bloom", "falcon"), {"self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+    "codegen": {"attn.out_proj", "mlp.fc_in", "mlp.fc_out"},
+    "gptj": {"attn.q_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"},
+    "mpt": {"attn.out_proj", "ffn.up_proj", "ffn.down_proj"},
+    "phi": {"self_attn.q_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"},
     "opt": {"self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"},
-    "mixtral": {"self_attn.q_proj", "self_attn.o_proj"},
-    "qwen3_moe": {"self_attn.q_proj", "self_attn.o_proj"},
-    "t5": {
-        *("layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
-        *("layer.1.EncDecAttention.q", "layer.1.EncDecAttention.o"),
-        *("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1", "layer.2.DenseReluDense.wo"),
-    },
+    **dict.fromkeys(("bart", "mbart"), BART),
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
 }
 OFF = BlockEnds(nn.Identity(), None, "default")
 
@@ -90,7 +113,7 @@ def test_losses_are_those_of_all_tokens_of_all_rows(model_type, left):
         torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     assert in_block(model, opt.ends.above) == ABOVE[model_type]
     attention = {name for name in in_block(model, opt.ends.below) if "att" in name}
-    assert len(attention) >= (0 if model_type == "t5" else 2), attention
+    assert len(attention) >= (0 if model_type in SEQ2SEQ else 2), attention
 
 
 @pytest.mark.parametrize("per_forward", [None, 2], ids=["one forward", "three"])

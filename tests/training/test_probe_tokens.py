@@ -1,5 +1,7 @@
 """One token per probe against one row per probe, and against dense matrices in float64."""
 
+from functools import wraps
+
 import pytest
 import torch
 from families import adapted
@@ -9,7 +11,7 @@ from torch import nn
 from adazeta import ZerothOrder
 from adazeta.losses import LabelWords
 from adazeta.planner import Planner
-from adazeta.probe_tokens import CopiedPrompts, ProbeTokens, evaluate_probe_tokens
+from adazeta.probe_tokens import CopiedPrompts, ProbeTokens, can_use_probe_tokens, evaluate_probe_tokens
 from adazeta.probes import Plan, evaluate_probes
 from adazeta_kernels import perturb_
 
@@ -190,6 +192,17 @@ def test_copies_see_the_prompt_and_themselves():
     seen = (inputs.attention_mask[0, 0] == 0).int().tolist()
     assert seen[3] == [1, 1, 0, 1, 0] and seen[4] == [1, 1, 0, 0, 1]
     assert seen[:3] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+
+
+def test_a_model_that_counts_columns_takes_one_row_per_probe():
+    """It takes ``position_ids``, as all that may have copies do, and does not look at them."""
+    model, batch = tiny_adapted(noise=0.3, positions="last"), prompts()
+    assert can_use_probe_tokens(model.base_model, "default", LOSS, batch)
+    other = tiny_adapted(noise=0.3, positions="last")
+    forward = other.get_base_model().model.forward
+    other.get_base_model().model.forward = wraps(forward)(lambda *a, position_ids=None, **more: forward(*a, **more))
+    assert not can_use_probe_tokens(other.base_model, "default", LOSS, batch)
+    assert can_use_probe_tokens(model.base_model, "default", LOSS, batch)
 
 
 def test_long_label_words_are_refused():

@@ -86,7 +86,10 @@ class DenseAdapter(torch.nn.Module):
         return x + self.scale * (torch.nn.functional.gelu(x @ w_down + b_down) @ w_up + b_up)
 
     def forward(self, x):
-        return self.adapt(self.base(x)) if self.placement == "post" else self.base(self.adapt(x))
+        if self.placement == "pre":
+            return self.base(self.adapt(x))
+        y = self.base(x)
+        return (self.adapt(y[0]), *y[1:]) if isinstance(y, tuple) else self.adapt(y)  # GPT-OSS returns the routing too
 
 
 def dense_float64(model, theta: torch.Tensor, stand_in=DenseAdapter):

@@ -18,41 +18,60 @@ _LLAMA = {
     "paper": {"o_proj": "post", "down_proj": "post"},
     "published": {"gate_proj": "pre", "up_proj": "pre", "down_proj": "post"},
 }
+_NO_GATE = {**_LLAMA, "published": {"up_proj": "pre", "down_proj": "post"}}
+_FUSED_GATE = {**_LLAMA, "published": {"gate_up_proj": "pre", "down_proj": "post"}}
 _BERT = {
     "paper": {"attention.output.dense": "post", "output.dense": "post"},
     # The attention's module has a name that ends like the MLP's.
     "published": {"intermediate.dense": "pre", "output.dense": "post", "attention.output.dense": "none"},
 }
-_OPT = {"paper": {"out_proj": "post", "fc2": "post"}, "published": {"fc1": "pre", "fc2": "post"}}
+_BART = {"paper": {"out_proj": "post", "fc2": "post"}, "published": {"fc1": "pre", "fc2": "post"}}
+_GPT2 = {
+    "paper": {"attn.c_proj": "post", "mlp.c_proj": "post"},
+    "published": {"c_fc": "pre", "mlp.c_proj": "post"},
+}
+_GPTJ = {"paper": {"attn.out_proj": "post", "fc_out": "post"}, "published": {"fc_in": "pre", "fc_out": "post"}}
+_FALCON = {
+    "paper": {"self_attention.dense": "post", "dense_4h_to_h": "post"},
+    "published": {"dense_h_to_4h": "pre", "dense_4h_to_h": "post"},
+}
+_T5 = {
+    "paper": {"SelfAttention.o": "post", "EncDecAttention.o": "post", "DenseReluDense.wo": "post"},
+    "published": {"wi": "pre", "wi_0": "pre", "wi_1": "pre", "DenseReluDense.wo": "post"},
+}
 # The experts of a block are one module with fused weights: the adapter stands after their weighted sum. The published
 # code adapts single projections, which is nothing that fused experts have.
 _EXPERTS = {"paper": {"o_proj": "post", "mlp": "post"}}
 
+_MODELS = [
+    (_LLAMA, "llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma3 smollm3 granite cohere cohere2"),
+    (_LLAMA, "olmo olmo2 olmo3 stablelm exaone4 seed_oss helium eurobert"),
+    (_NO_GATE, "nemotron arcee apertus"),
+    (_FUSED_GATE, "phi3 glm glm4"),
+    (_EXPERTS, "mixtral qwen2_moe qwen3_moe olmoe gpt_oss"),
+    (_BERT, "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie megatron-bert deberta deberta-v2"),
+    (_BART, "opt bart mbart"),
+    (_GPT2, "gpt2 gpt_bigcode"),
+    (_GPTJ, "gptj codegen"),
+    (_FALCON, "falcon bloom"),
+    (_T5, "t5 mt5 umt5"),
+]
 #: model_type -> {"paper" | "published": {module name: placement}}. The output projection is the last operation of its
 #: sub-block in all of these, so an adapter after it is an adapter after the attention (or MLP) output. The MLP's output
 #: comes last in "paper".
 SITES: dict[str, dict[str, dict[str, str]]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "smollm3"), _LLAMA
-    ),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
-    **dict.fromkeys(("bert", "roberta", "deberta-v2"), _BERT),
-    "phi3": {"paper": _LLAMA["paper"], "published": {"gate_up_proj": "pre", "down_proj": "post"}},
-    "opt": _OPT,
-    "gpt2": {
-        "paper": {"attn.c_proj": "post", "mlp.c_proj": "post"},
-        "published": {"c_fc": "pre", "mlp.c_proj": "post"},
-    },
-    "gpt_neox": {
-        "paper": {"attention.dense": "post", "dense_4h_to_h": "post"},
-        "published": {"dense_h_to_4h": "pre", "dense_4h_to_h": "post"},
+    **{model_type: sites for sites, names in _MODELS for model_type in names.split()},
+    "starcoder2": {"paper": {"o_proj": "post", "mlp.c_proj": "post"}, "published": _GPT2["published"]},
+    "phi": {"paper": {"self_attn.dense": "post", "fc2": "post"}, "published": _BART["published"]},
+    "mpt": {"paper": {"attn.out_proj": "post", "down_proj": "post"}, "published": _NO_GATE["published"]},
+    "gpt_neo": {"paper": {"attention.out_proj": "post", "mlp.c_proj": "post"}, "published": _GPT2["published"]},
+    "gpt_neox": {"paper": {"attention.dense": "post", "dense_4h_to_h": "post"}, "published": _FALCON["published"]},
+    "mpnet": {
+        "paper": {"attn.o": "post", "output.dense": "post"},
+        "published": {"intermediate.dense": "pre", "output.dense": "post"},
     },
     "distilbert": {"paper": {"out_lin": "post", "lin2": "post"}, "published": {"lin1": "pre", "lin2": "post"}},
     "modernbert": {"paper": {"attn.Wo": "post", "mlp.Wo": "post"}, "published": {"mlp.Wi": "pre", "mlp.Wo": "post"}},
-    "t5": {
-        "paper": {"SelfAttention.o": "post", "EncDecAttention.o": "post", "DenseReluDense.wo": "post"},
-        "published": {"wi": "pre", "wi_0": "pre", "wi_1": "pre", "DenseReluDense.wo": "post"},
-    },
 }
 
 
