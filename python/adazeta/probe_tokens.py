@@ -12,6 +12,7 @@ Blocks below the first adapter see the prompt alone (``adazeta.prefix``).
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -142,14 +143,14 @@ def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, An
     if hasattr(config, "attention_types"):  # GPT-Neo's local layers cut out their window themselves, by column
         return False
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if any(window is not None and batch["input_ids"].shape[1] > window for window in windows):
+    window = min((window for window in windows if window is not None), default=math.inf)
+    if batch["input_ids"].shape[1] > window:
         return False
     mask = batch.get("attention_mask")
     if mask is not None and batch.get("position_ids") is None and _has_holes(host(mask)):
         return False  # a family may count them or not
-    return "position_ids" in inspect.signature(trunk.forward).parameters and _takes_copies(
-        trunk, batch["input_ids"].device
-    )
+    takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+    return takes_positions and _takes_copies(trunk, min(7, window), batch["input_ids"].device)
 
 
 #: Models that were looked at, and whether a copy of a prompt's last token gets the hidden states of the token.
@@ -157,17 +158,17 @@ _LOOKED: "WeakKeyDictionary[torch.nn.Module, bool]" = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _takes_copies(trunk: torch.nn.Module, device: torch.device) -> bool:
-    """Whether the last of three copies gets the hidden state of the last of seven tokens: a family may take positions
-    and count columns all the same."""
+def _takes_copies(trunk: torch.nn.Module, tokens: int, device: torch.device) -> bool:
+    """Whether the last of three copies gets the hidden state of the last of ``tokens``: a family may take positions and
+    count columns all the same."""
     if trunk not in _LOOKED:
-        ids = (torch.arange(2, 9, device=device) % trunk.get_input_embeddings().num_embeddings)[None]
+        ids = (torch.arange(2, tokens + 2, device=device) % trunk.get_input_embeddings().num_embeddings)[None]
         copied = CopiedPrompts.of(ids, torch.ones_like(ids), 3, next(trunk.parameters()).dtype)
         given = {"position_ids": copied.position_ids, "attention_mask": copied.attention_mask}
         token = looking.set(True)
         try:
             plain, last = trunk(input_ids=ids)[0][0, -1], trunk(input_ids=copied.input_ids, **given)[0][0, -1]
-            bound = 1e-2 * float(plain.nan_to_num().abs().max())
+            bound = max(1e-4, 4 * torch.finfo(plain.dtype).eps) * float(plain.nan_to_num().abs().max())
             _LOOKED[trunk] = torch.allclose(last, plain, rtol=0, atol=bound, equal_nan=True)
         finally:
             looking.reset(token)

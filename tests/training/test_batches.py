@@ -72,6 +72,8 @@ def of_candidates(model):
 def test_an_estimate_reads_its_losses_once_and_nothing_else(kind, config, loss, make, monkeypatch):
     model = get_peft_model(build(kind), TTConfig(rank=2, bottleneck=8, **config)).eval()
     batch = make(model)
+    if config:  # the model is looked at once
+        assert probe_tokens.can_use_probe_tokens(model.base_model, "default", loss, batch)
     model.to("meta")
     tt_model, trunk, shapes = model.base_model, trunk_of(model), []
     forward = trunk.forward
