@@ -79,6 +79,8 @@ def architecture(folder: Path) -> str:
     for kind, classes in kinds.items():
         if name and name in classes.values():
             return kind
+    if name and config.get("is_encoder_decoder"):
+        return "seq2seq"
     if name:
         return "encoder" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
     known = [kind for kind, classes in kinds.items() if model_type in classes]

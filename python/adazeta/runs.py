@@ -200,9 +200,13 @@ class Classifier:
         """Return the examples as rows of tokens, encoded once; ``say`` is told of texts that lose their end.
 
         Prompts are cut to ``task.max_tokens``, or to what the model has positions for, with the answers behind them.
+
+        Raises:
+            UserError: what the task cannot encode, or a token that the model does not know.
         """
         from adazeta.data import row_tokens
         from adazeta.positions import most_positions
+        from adazeta.scoring import trunk_of
 
         task, most, seq2seq = self.task, most_positions(self.model), self.model.config.is_encoder_decoder
         behind = getattr(self.loss(), "tokens_behind", 0) if most is not None else 0
@@ -218,6 +222,12 @@ class Classifier:
             told = [f"the model has {most} positions: {instead}; {'; '.join(told)}"]
         for line in told:
             say(line)
+        known = trunk_of(self.model).get_input_embeddings().num_embeddings
+        if (highest := max(_highest(row["input_ids"]) for row in rows)) >= known:
+            raise UserError(
+                f"the tokenizer makes {self.tokenizer.convert_ids_to_tokens(highest)!r} token {highest}, the model "
+                f"knows {known} (0 to {known - 1}): the two do not belong together"
+            )
         return rows
 
     def evaluate(
@@ -271,3 +281,8 @@ def card_of(settings: Mapping[str, Any], task: Task, preset: str) -> dict:
         "preset": preset,
         "settings": {key: plain(value) for key, value in settings.items()},
     }
+
+
+def _highest(ids) -> int:
+    """Return the highest number in a list of tokens, or of such lists."""
+    return max((_highest(part) if isinstance(part, list | tuple) else int(part) for part in ids), default=0)

@@ -180,7 +180,7 @@ def test_an_unknown_family_lists_its_modules(monkeypatch):
     assert candidate_modules(torch.nn.Sequential(torch.nn.Linear(2, 2))) == ["0"]
 
 
-@pytest.mark.parametrize("family", ["distilbert", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["distilbert", "gpt2", "t5", "bart", "gpt_neo", "mpt"])
 def test_middle_blocks_of_families_that_name_their_depth_otherwise(family):
     model = adapted(family, layers_to_transform="middle")
     blocks = {re.search(r"\.(\d+)\.", name)[1] for name, _ in model.base_model.tt_layers("default")}

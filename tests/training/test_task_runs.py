@@ -1,6 +1,7 @@
 """Every kind of task from the command line on a tiny model: trained, better than before, evaluated, asked."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -142,12 +143,27 @@ def test_the_depth_that_is_found_stays_with_the_run(models, data, tmp_path, caps
     assert code == 2 and "--depth auto is for a run that begins" in err
 
 
+def test_a_tokenizer_of_another_model_is_told(models, data, tmp_path, capsys):
+    shutil.copytree(models / "causal", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    known = json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<{index}>" for index in range(known)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"text": f"<{known - 1}> film {i}", "label": ("positive", "negative")[i % 2]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--model", tmp_path / "base", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run")
+    code, _, err = main(capsys, "train", *given, *SMALL, *SETTLED)
+    assert code == 2 and f"'<{known - 1}>' token " in err and f"the model knows {known} (0 to {known - 1})" in err
+
+
 def test_an_end_token_in_a_text_is_named(models):
     """A head of an encoder-decoder reads the state at the last one, and transformers wants as many in every row."""
     tokenizer = AutoTokenizer.from_pretrained(models / "seq2seq")
     examples = [Example(text, label) for text, label in (("fine<eos>", "a"), ("a <eos> good film<eos>", "b"))]
     with pytest.raises(UserError, match="'a <eos> good film<eos>' holds <eos>, by which the head"):
         HeadTask(("a", "b")).encode(tokenizer, examples, seq2seq=True)
+    with pytest.raises(UserError, match="does not end texts with <eos>, by which the head"):
+        HeadTask(("a", "b")).encode(tokenizer, [Example("fine", "a"), Example("a film", "b")], seq2seq=True)
     assert len(HeadTask(("a", "b")).encode(tokenizer, examples, seq2seq=False)) == 2
 
 
@@ -174,6 +190,10 @@ def test_architectures(models, tmp_path):
         "encoder",
         "seq2seq",
     ]
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bart", "architectures": ["BartModel"], "is_encoder_decoder": true}'
+    )
+    assert architecture(tmp_path) == "seq2seq"
     (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
     with pytest.raises(UserError, match="model type 'mystery' is not known"):
         architecture(tmp_path)

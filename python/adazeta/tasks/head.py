@@ -58,14 +58,19 @@ class HeadTask:
         """Tokenise all texts, once.
 
         Raises:
-            UserError: no examples, an unknown label, or a text that holds the token by which a head of an
-                encoder-decoder finds its end.
+            UserError: no examples, an unknown label, or texts without the token by which a head of an encoder-decoder
+                finds their end, or with another one.
         """
         labels = class_indices(examples, self.labels)
         contents = [example.content for example in examples]
         rows = encode_prompts(tokenizer, self.template, contents, self.max_tokens, say=say)
         if seq2seq:
             ends = [ids.count(tokenizer.eos_token_id) for ids in rows]
+            if not min(ends):
+                raise UserError(
+                    f"the tokenizer does not end texts with {tokenizer.eos_token}, by which the head of this model "
+                    "finds their end: use --task label-words, or a tokenizer that does"
+                )
             for content, count in zip(contents, ends):
                 if count > min(ends):
                     raise UserError(

@@ -141,12 +141,13 @@ def resolve_layers(layers: int | Iterable[int] | str | None, model_config: Mappi
     """
     if layers is None:
         return None
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # GPT-2, DistilBERT and T5 have their own
+    # GPT-2, DistilBERT, T5 and BART have their own.
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
     parts = [model_config, model_config.get("text_config") or {}]  # of models that also read images
     number = next((part[name] for part in parts for name in names if part.get(name)), 0)
     if not isinstance(layers, str):
         indices = [layers] if isinstance(layers, int) else list(layers)
-        most = max(number, model_config.get("num_decoder_layers") or 0)
+        most = max(number, *(model_config.get(name) or 0 for name in ("num_decoder_layers", "decoder_layers")))
         wrong = [index for index in indices if not isinstance(index, int) or index < 0 or (most and index >= most)]
         if wrong or not indices:
             blocks = f"indices of the model's {most} blocks, 0 to {most - 1}" if most else "indices of blocks"
