@@ -56,15 +56,17 @@ def _with_pooling(settings: Mapping[str, Any], kind: str, private: bool, say) ->
     settings = dict(settings)
     if settings["pooling"] is not None:
         return settings
-    headed = settings["task"] == HeadTask.kind or kind == "encoder"
-    bare = kind == "encoder" or headed and kind != "seq2seq" and not has_own_head(model_folder(settings["model"]))
+    headed = kind == "encoder" or settings["task"] == HeadTask.kind and kind != "seq2seq"
+    has_own = not headed or has_own_head(model_folder(settings["model"]))
+    bare = kind == "encoder" or not has_own
     if not bare or settings["head"] == "tt":  # which adapts the layers of the model's own head
         return {**settings, "pooling": "own"}
     settings["pooling"] = "mean" if private else "attention"
     if settings["depth"] is None and settings["layers"] in (None, "middle") and not private:
         settings["depth"] = "auto"
     depth = "" if settings["depth"] is None else f" --depth {settings['depth']}"
-    say(f"the model has no head: it gets --pooling {settings['pooling']}{depth}; --pooling own is that of transformers")
+    own = "; --pooling own is that of transformers" if has_own else ", for transformers has none for it"
+    say(f"the model has no head: it gets --pooling {settings['pooling']}{depth}{own}")
     return settings
 
 

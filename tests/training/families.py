@@ -122,6 +122,15 @@ SETTINGS = {
         "mm_tokens_per_image": 4,
     },
     "phi3": {**_GROUPED, **_SPECIAL},
+    "qwen3_5_text": {
+        **_DECODER,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"]},
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "qwen2_moe": {

@@ -36,6 +36,7 @@ ABOVE = {
     **dict.fromkeys(("apertus", "arcee", "nemotron"), LLAMA - {"mlp.gate_proj"}),
     **dict.fromkeys(("glm", "glm4"), {*ATTENTION, "mlp.gate_up_proj", "mlp.down_proj"}),
     "phi3": {"self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "lfm2": {"self_attn.q_proj", "self_attn.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"},
     "starcoder2": {*ATTENTION, "mlp.c_fc", "mlp.c_proj"},
     **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), ATTENTION),
     "qwen2_moe": {
@@ -112,7 +113,7 @@ def test_losses_are_those_of_all_tokens_of_all_rows(model_type, left):
         spared, opt = steps(model, batch, **settings)
         torch.testing.assert_close(spared, plain, atol=1e-5, rtol=1e-5)
     assert in_block(model, opt.ends.above) == ABOVE[model_type]
-    attention = {name for name in in_block(model, opt.ends.below) if "att" in name}
+    attention = {name for name in in_block(model, opt.ends.below) if "att" in name or "conv" in name}
     assert len(attention) >= (0 if model_type in SEQ2SEQ else 2), attention
 
 

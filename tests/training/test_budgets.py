@@ -40,7 +40,8 @@ def test_a_budget_changes_no_loss_in_any_family(family, packed, layers):
         frozen.pack(model, 64)
     batch = batch_for(model, 4, 7)
     losses, counts = [], []
-    for budget in (None, LITTLE):
+    little = LITTLE * (2 if family == "qwen3_5_text" else 1)  # linear attention takes tokens in chunks of 64
+    for budget in (None, little):
         step = ZerothOrder(model, queries=4, memory_budget=budget)
         losses.append(step.estimate(lm_loss, batch))
         counts.append((step.tokens.processed, step.tokens.real))

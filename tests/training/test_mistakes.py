@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from families import SETTINGS
 from tiny_run import write_data, write_model
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from adazeta import cli, options
 from adazeta.errors import UserError
@@ -66,6 +66,9 @@ def test_the_head_of_a_model_that_has_none(world):
     assert settled(layers="1") == ("attention", None, [f"--pooling attention{own}"])  # a block that must not go
     assert settled(depth=1) == ("attention", 1, [f"--pooling attention --depth 1{own}"])
     assert settled(dp_noise=1.0) == ("mean", None, [f"--pooling mean{own}"])  # whose examples nothing else may see
+    more = ", for transformers has none for it"
+    assert settled("granite", task="head") == ("attention", "auto", [f"--pooling attention --depth auto{more}"])
+    assert settled("granite") == ("own", None, [])  # label words
     assert settled(pooling="own") == ("own", None, []) and settled(pooling="mean") == ("mean", None, [])
     assert settled(head="tt") == ("own", None, []) and settled("base", task="head") == ("own", None, [])
 
@@ -100,7 +103,11 @@ def world(tmp_path_factory):
     write_model(folder / "base")
     write_data(folder / "data.jsonl")
     AutoModel.from_config(AutoConfig.for_model("bert", **SETTINGS["bert"])).save_pretrained(folder / "encoder")
-    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "encoder")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **SETTINGS["granite"])).save_pretrained(
+        folder / "granite"
+    )
+    for name in ("encoder", "granite"):
+        AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / name)
     return folder
 
 

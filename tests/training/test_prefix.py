@@ -18,6 +18,14 @@ LAYERS = {
 }
 
 
+#: Families that say of each of their blocks what kind it is.
+KINDS = {
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+}
+
+
 class Words:
     pad_token_id = 0
 
@@ -30,7 +38,7 @@ LABEL_WORDS = LabelWords(Words(), ["good", "bad"])
 
 def family(model_type, first=2, **config):
     """A tiny model of three blocks with adapters from block ``first`` on."""
-    more = {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3} if model_type == "gpt_neo" else {}
+    more = KINDS.get(model_type, {})
     base = build(model_type, **{LAYERS.get(model_type, "num_hidden_layers"): 3, **more})
     config = {"rank": 2, "bottleneck": 8, "act": "gelu", "layers_to_transform": list(range(first, 3)), **config}
     model = get_peft_model(base, TTConfig(**config)).eval()

@@ -61,6 +61,12 @@ _MODELS = [
 #: comes last in "paper".
 SITES: dict[str, dict[str, dict[str, str]]] = {
     **{model_type: sites for sites, names in _MODELS for model_type in names.split()},
+    # Blocks of two kinds: a linear attention or a convolution stands where others have attention.
+    "qwen3_5_text": {**_LLAMA, "paper": {"linear_attn.out_proj": "post", **_LLAMA["paper"]}},
+    "lfm2": {
+        "paper": {"conv.out_proj": "post", "self_attn.out_proj": "post", "feed_forward.w2": "post"},
+        "published": {"feed_forward.w1": "pre", "feed_forward.w3": "pre", "feed_forward.w2": "post"},
+    },
     "starcoder2": {"paper": {"o_proj": "post", "mlp.c_proj": "post"}, "published": _GPT2["published"]},
     "phi": {"paper": {"self_attn.dense": "post", "fc2": "post"}, "published": _BART["published"]},
     "mpt": {"paper": {"attn.out_proj": "post", "down_proj": "post"}, "published": _NO_GATE["published"]},
