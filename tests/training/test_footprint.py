@@ -239,9 +239,12 @@ def test_experts_are_planned_in_bfloat16_and_refused_in_one_line_otherwise(tmp_p
     families.build(family).config.save_pretrained(tmp_path)
     plan = ("info", "--plan", tmp_path, "--bottleneck", 8, "--tokens", 20, "--batch-size", 4)
     for more in ((), ("--generated", 8), ("--scored", 2)):
-        code, out, err = main(capsys, *plan, *more)  # newer versions of torch know it in float32 too
-        message = "the memory of a forward in float32 is not known beforehand; --dtype bfloat16 may be: "
-        assert (code == 2 and message in err) or (code == 0 and "peak of training" in out), err
+        code, out, err = main(capsys, *plan, *more)
+        if torch.__version__ < (2, 14):
+            message = "the memory of a forward in float32 is not known beforehand; --dtype bfloat16 may be: "
+            assert code == 2 and message in err
+        else:  # 2.15, which was tried, knows it
+            assert code == 0 and "peak of training" in out, err
         code, out, err = main(capsys, *plan, *more, "--dtype", "bfloat16")
         assert code == 0 and "peak of training" in out, err
 
