@@ -56,11 +56,8 @@ def architecture(folder: Path) -> str:
     Raises:
         UserError: a damaged config.json, or one that tells neither its architecture nor a known model type.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type, name = config.get("model_type"), (config.get("architectures") or [""])[0]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}): get the model again") from error
+    config, name = _config(folder)
+    model_type = config.get("model_type")
     if told := next((kind for end, kind in _TOLD_BY_NAME.items() if str(name).endswith(end)), None):
         return told
     from transformers.models.auto.modeling_auto import (
@@ -93,8 +90,17 @@ def has_own_head(folder: Path) -> bool:
     """Return whether ``transformers`` has a classification head for the model in ``folder``; True where no type is."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    return kind is None or kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    model_type = _config(folder)[0].get("model_type")
+    return model_type is None or model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
+def _config(folder: Path) -> tuple[dict, str]:
+    """Return a model folder's config.json, and the architecture that it names, "" where it names none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config, (config.get("architectures") or [""])[0]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error}): get the model again") from error
 
 
 @contextmanager
@@ -194,8 +200,8 @@ def load_base(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     stored = torch.float32 if dtype == "mixed" else getattr(torch, dtype)
     kinds = {"masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
-    with_head = task is not None and task.kind == "head"
-    if not with_head and (kind := architecture(folder)) in ("head", "encoder"):
+    with_head, kind = task is not None and task.kind == "head", architecture(folder)
+    if not with_head and kind in ("head", "encoder"):
         raise UserError(f"{name} has no language-model head: --task head trains one for classification")
     if with_head and stored != torch.float32:
         raise UserError(f"a head that trains needs float32 numbers: use --dtype float32 or mixed, got {dtype}")
@@ -203,10 +209,10 @@ def load_base(
     keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are for _check_weights
     if quantize is not None:
         keywords["quantization_config"] = quantization_config(quantize, place.type)
-    if with_head and task.pooling != "own" and architecture(folder) == "seq2seq":
+    if with_head and task.pooling != "own" and kind == "seq2seq":
         raise UserError(f"--pooling {task.pooling}: {name} is an encoder-decoder, whose head is its own: --pooling own")
     if with_head and task.pooling == "own" and not has_own_head(folder):
-        way = "--task label-words" if architecture(folder) == "seq2seq" else "--pooling attention"
+        way = "--task label-words" if kind == "seq2seq" else "--pooling attention"
         raise UserError(f"{name}: transformers has no classification head for its model type; use {way}")
     if with_head and task.depth is not None:
         keywords["config"] = _config_of_depth(task.depth, folder, name)

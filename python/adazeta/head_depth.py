@@ -35,11 +35,11 @@ def settle_depth(
     Raises:
         UserError: a private run, which would show something of its examples.
     """
-    from adazeta.prepare import new_classifier
+    from adazeta.prepare import is_private, new_classifier
 
     if settings["depth"] != "auto" or settings["task"] != HeadTask.kind:
         return dict(settings)
-    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
+    if is_private(settings):
         raise UserError("--depth auto looks at the data without noise: give a private run a number")
     if len(examples) < FOLDS:
         say(f"all blocks run: --depth auto compares them by {FOLDS} examples at least, got {len(examples)}")

@@ -173,7 +173,8 @@ TRAINING = [
     Option(
         "lr",
         number_or_auto,
-        "learning rate; auto: measured (adazeta calibrate); without either 0.005 where a head begins fitted",
+        "learning rate; auto: measured (adazeta calibrate); without either "
+        f"{PRESETS['default'].fitted_lr:g} where a head begins fitted",
         goes_to="train.learning_rate",
     ),
     Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from adazeta.base_models import architecture, has_own_head, load_base, model_folder
@@ -28,16 +29,16 @@ def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection
     Raises:
         UserError: no such model, no such device, or details of a private run that is none.
     """
-    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    if not private and (details := [key for key in ("dp_clip", "dp_delta") if key in given]):
+    if not is_private(settings) and (details := [key for key in ("dp_clip", "dp_delta") if key in given]):
         flag = f"--{details[0].replace('_', '-')}"
         raise UserError(f"{flag} alone makes no private training: add --dp-epsilon or --dp-noise, or leave {flag} out")
     if settings["device"] not in ("auto", "cpu"):  # which are there; any other takes torch to tell
         from adazeta.devices import chosen_device
 
         chosen_device(settings["device"])
-    kind = architecture(model_folder(settings["model"], say))
-    settings = _with_pooling(settings, kind, private, say)
+    folder = model_folder(settings["model"], say)
+    kind = architecture(folder)
+    settings = _with_pooling(settings, kind, folder, say)
     task = choose({**settings, "labels": settings["labels"] or _ANY}, kind)
     settings["task"] = task.kind
     note_unread(given, task.kind, say)
@@ -47,8 +48,8 @@ def settle(settings: Mapping[str, Any], say=lambda line: None, given: Collection
     return settings
 
 
-def _with_pooling(settings: Mapping[str, Any], kind: str, private: bool, say) -> dict[str, Any]:
-    """Return the settings with a ``pooling``, and the ``depth`` beside it, that begin well on a model of ``kind``.
+def _with_pooling(settings: Mapping[str, Any], kind: str, folder: Path, say) -> dict[str, Any]:
+    """Return the settings with a ``pooling``, and the ``depth`` beside it, that begin well on the model in ``folder``.
 
     What ``transformers`` puts on an encoder without a head reads what pretraining made of one token, and begins far
     behind a mean of all of them (docs/tasks.md). For some models it has no head at all.
@@ -57,12 +58,11 @@ def _with_pooling(settings: Mapping[str, Any], kind: str, private: bool, say) ->
     if settings["pooling"] is not None:
         return settings
     headed = kind == "encoder" or settings["task"] == HeadTask.kind and kind != "seq2seq"
-    has_own = not headed or has_own_head(model_folder(settings["model"]))
-    bare = kind == "encoder" or not has_own
-    if not bare or settings["head"] == "tt":  # which adapts the layers of the model's own head
+    has_own = not headed or has_own_head(folder)  # loads part of transformers
+    if (has_own and kind != "encoder") or settings["head"] == "tt":  # which adapts the layers of the model's own head
         return {**settings, "pooling": "own"}
-    settings["pooling"] = "mean" if private else "attention"
-    if settings["depth"] is None and settings["layers"] in (None, "middle") and not private:
+    settings["pooling"] = "mean" if is_private(settings) else "attention"
+    if settings["depth"] is None and settings["layers"] in (None, "middle") and not is_private(settings):
         settings["depth"] = "auto"
     depth = "" if settings["depth"] is None else f" --depth {settings['depth']}"
     own = "; --pooling own is that of transformers" if has_own else ", for transformers has none for it"
@@ -130,16 +130,20 @@ def check_measurable(settings: Mapping[str, Any]) -> None:
     """Raise UserError where what is measured is not what a run with these settings would do."""
     if (name := settings["objective"]) != "loss":
         raise UserError(f"the task's loss is what is measured, and {name} is another one: eps and lr for it are tried")
-    if settings["dp_epsilon"] is not None or settings["dp_noise"] is not None:
+    if is_private(settings):
         raise UserError("measuring eps and lr looks at the data without noise: give a private run numbers")
+
+
+def is_private(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings is differentially private."""
+    return settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
 
 
 def starts_fitted(settings: Mapping[str, Any]) -> bool:
     """Whether a run of these settings begins with a fitted head: unless they say otherwise, or it is private."""
     if settings["task"] != HeadTask.kind:
         return False
-    private = settings["dp_epsilon"] is not None or settings["dp_noise"] is not None
-    return (settings["head_start"] or ("random" if private else "fitted")) == "fitted"
+    return (settings["head_start"] or ("random" if is_private(settings) else "fitted")) == "fitted"
 
 
 def with_fitted_lr(settings: Mapping[str, Any], preset: str, given: Collection[str]) -> dict[str, Any]:
@@ -285,6 +289,43 @@ def steps_of(settings: Mapping[str, Any], preset: str, examples: int) -> int:
     return math.ceil(keywords.get("num_train_epochs", 3) * steps_per_epoch(settings, examples))
 
 
+def training_arguments(
+    settings: Mapping[str, Any], preset: str, folder: Path, *, examples: int, dev: bool, resume: Path | None
+):
+    """Return the ``transformers.TrainingArguments`` of the settings."""
+    import torch
+    from transformers import TrainingArguments
+
+    keywords = section("train", settings, preset)
+    steps = steps_of(settings, preset, examples)
+    tenth = max(1, steps // 10)
+    keywords["train_sampling_strategy"] = "group_by_length" if settings["group_by_length"] else "random"
+    keywords.update(
+        output_dir=str(folder),
+        use_cpu=settings["device"] == "cpu",
+        seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
+        per_device_eval_batch_size=settings["eval_batch_size"],
+        eval_strategy="steps" if dev else "no",
+        eval_steps=settings["eval_every"] or max(1, steps // 4),
+        eval_on_start=dev and resume is None,
+        save_strategy="steps",
+        save_steps=settings["save_every"] or tenth,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=settings["report_to"] or [],
+        run_name=folder.name.removesuffix(".partial"),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+    try:
+        return TrainingArguments(**keywords)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"settings: {' '.join(str(error).split())}") from error
+
+
 def settle_privacy(
     settings: Mapping[str, Any], preset: str, examples: int, say, processes: int = 1, *, resume: bool = False
 ) -> dict[str, Any]:
@@ -296,7 +337,7 @@ def settle_privacy(
         UserError: settings out of their range, both for a new run, more steps than epsilon allows, more than one
             process, or no accountant library.
     """
-    if settings["dp_epsilon"] is None and settings["dp_noise"] is None:
+    if not is_private(settings):
         return dict(settings)
     if not resume and settings["dp_epsilon"] is not None and settings["dp_noise"] is not None:
         raise UserError("private training: --dp-epsilon asks for a noise, and --dp-noise gives it: give one of them")

@@ -140,7 +140,8 @@ def can_use_probe_tokens(tt_model, adapter: str, loss_fn, batch: Mapping[str, An
     trunk = trunk_of(tt_model.model)
     config = trunk.config.get_text_config()
     # The mask of the copies says who sees whom in every layer, also in those that see a window alone.
-    if hasattr(config, "attention_types"):  # GPT-Neo's local layers cut out their window themselves, by column
+    # GPT-Neo's local layers also cut a window out by column, of more columns than the look at the model below has.
+    if hasattr(config, "attention_types"):
         return False
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     window = min((window for window in windows if window is not None), default=math.inf)

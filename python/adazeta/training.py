@@ -14,7 +14,6 @@ from adazeta.errors import UserError, together
 from adazeta.files import disk_errors
 from adazeta.measures import Aim, Measures, aim_of, measures_of
 from adazeta.memory import Peak, freed_memory_kept, resident_bytes
-from adazeta.options import section
 from adazeta.prepare import (
     FROZEN,
     TRIED,
@@ -23,7 +22,7 @@ from adazeta.prepare import (
     settle,
     settle_machine,
     settle_privacy,
-    steps_of,
+    training_arguments,
     with_fitted_lr,
     zo_config,
 )
@@ -56,43 +55,6 @@ class Outcome:
     privacy: dict[str, Any]
     peak_bytes: int
     best_step: int | None
-
-
-def training_arguments(
-    settings: Mapping[str, Any], preset: str, folder: Path, *, examples: int, dev: bool, resume: Path | None
-):
-    """Return the ``transformers.TrainingArguments`` of the settings."""
-    import torch
-    from transformers import TrainingArguments
-
-    keywords = section("train", settings, preset)
-    steps = steps_of(settings, preset, examples)
-    tenth = max(1, steps // 10)
-    keywords["train_sampling_strategy"] = "group_by_length" if settings["group_by_length"] else "random"
-    keywords.update(
-        output_dir=str(folder),
-        use_cpu=settings["device"] == "cpu",
-        seed=settings["seed"] % 2**32,  # what numpy takes; the directions use all 64 bits
-        per_device_eval_batch_size=settings["eval_batch_size"],
-        eval_strategy="steps" if dev else "no",
-        eval_steps=settings["eval_every"] or max(1, steps // 4),
-        eval_on_start=dev and resume is None,
-        save_strategy="steps",
-        save_steps=settings["save_every"] or tenth,
-        save_total_limit=1,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=settings["report_to"] or [],
-        run_name=folder.name.removesuffix(".partial"),
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-    )
-    try:
-        return TrainingArguments(**keywords)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from error
 
 
 def fit(

@@ -143,7 +143,7 @@ def test_the_depth_that_is_found_stays_with_the_run(models, data, tmp_path, caps
     assert code == 2 and "--depth auto is for a run that begins" in err
 
 
-def test_a_tokenizer_of_another_model_is_told(models, data, tmp_path, capsys):
+def test_a_tokenizer_of_another_model_is_told(models, tmp_path, capsys):
     shutil.copytree(models / "causal", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     known = json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"]
